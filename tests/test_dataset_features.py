@@ -1,0 +1,39 @@
+"Meta-features are finite, deterministic and come from the training part."
+import math
+import hypothesis.strategies as st
+import numpy as np
+import torch
+from hypothesis import given, settings
+from llprobe.core import InputError
+from llprobe.data import Split, from_arrays, load_dataset, split_dataset
+from llprobe.dataset_features import data_features
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(2, 6), st.integers(1, 4), st.sampled_from([(1,), (7,), (1, 1, 1), (3, 5, 4), (1, 20, 20)]), st.booleans())
+def test_finite_and_deterministic(seed, n_classes, n_each, shape, is_constant):
+    y = np.repeat(np.arange(n_classes), n_each+1)
+    x = np.random.default_rng(seed).random((len(y), *shape))*(not is_constant)
+    try: split = split_dataset(from_arrays(x, y), seed)
+    except InputError: return
+    features = data_features(split, seed)
+    assert all(type(v) is float and math.isfinite(v) for v in features.values())
+    assert features == data_features(split, seed)
+    assert 0 <= features['class_entropy'] <= 1+1e-9 and 0 <= features['pca_share'] <= 1
+
+def test_names_do_not_depend_on_the_data():
+    assert list(data_features(split_dataset(load_dataset('digits')))) == list(data_features(split_dataset(load_dataset('iris'))))
+
+def test_other_parts_are_not_looked_at():
+    d = load_dataset('digits')
+    s = split_dataset(d)
+    x = d.train_x.clone()
+    x[torch.cat([s.val, s.test])] = 255
+    other = from_arrays(x, d.train_y, classes=d.classes)
+    assert data_features(Split(other, s.train, s.val, s.test, 0, s.mean, s.std)) == data_features(s)
+
+def test_landmarks_of_balanced_classes():
+    "Both halves hold every class, however regular the order of the samples is"
+    y = np.arange(1000) % 10
+    split = split_dataset(from_arrays(np.eye(10)[y] + np.random.default_rng(0).normal(size=(1000, 10))*0.05, y))
+    features = data_features(split)
+    assert min(features[k] for k in features if k.startswith('landmark_')) == 1 and features['fisher_ratio'] > 10

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import InputError, derive_seed
 
 # %% auto #0
-__all__ = ['Architecture', 'ARCHITECTURES', 'simple_cnn', 'mlp', 'resnet', 'architecture_name', 'build_model', 'count_parameters',
-           'forward_flops']
+__all__ = ['Architecture', 'ARCHITECTURES', 'simple_cnn', 'mlp', 'resnet', 'architecture_name', 'evaluating', 'build_model',
+           'count_parameters', 'forward_flops']
 
 # %% ../nbs/11_models.ipynb #11models005
 def _number(config: dict[str, Any], name: str, default: float, low: float, high: float=float('inf'), whole: bool=True) -> float:
@@ -135,13 +135,17 @@ def architecture_name(
 
 # %% ../nbs/11_models.ipynb #11models01a
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    "Evaluation mode without gradients inside the block; each module's own mode and the random state after it"
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    "Evaluation mode inside the block; each module's own mode after it"
     modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]): yield model.eval()
+    try: yield model.eval()
     finally:
         for module, mode in modes.items(): module.training = mode
+
+@contextlib.contextmanager
+def _trying_out(model: nn.Module) -> Iterator[None]:
+    "Evaluation mode without gradients, and the random state put back"
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]): yield
 
 def _zeros(model: nn.Module, n: int, input_shape: tuple[int, ...]) -> Tensor:
     "`n` samples of zeros where the model is"
@@ -152,7 +156,7 @@ def _try_out(architecture: str|Architecture, model: Any, input_shape: tuple[int,
     "Raise `InputError` unless a user's architecture keeps its promise"
     if not isinstance(model, nn.Module):
         raise InputError(f"architecture {architecture!r} must return a torch.nn.Module, got {type(model).__name__}")
-    with _evaluating(model): outputs = model(_zeros(model, 2, input_shape))
+    with _trying_out(model): outputs = model(_zeros(model, 2, input_shape))
     shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if shape != (2, n_classes):
         raise InputError(f"architecture {architecture!r} must turn 2 samples into outputs (2, {n_classes}), got {shape}")
@@ -186,5 +190,5 @@ def forward_flops(
     input_shape: tuple[int, ...], # Of one sample
 ) -> int: # Multiply-adds
     "The cost of one sample's forward pass"
-    with _evaluating(model), FlopCounterMode(display=False) as counter: model(_zeros(model, 1, input_shape))
+    with _trying_out(model), FlopCounterMode(display=False) as counter: model(_zeros(model, 1, input_shape))
     return counter.get_total_flops()//2

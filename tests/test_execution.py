@@ -1,0 +1,89 @@
+"Workers that really die, drivers that are really killed."
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llprobe.execution import WorkerDied, Workers
+
+
+def square_or_die(x: int) -> int:
+    if x < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x*x
+
+
+def thread_count(_) -> tuple[int, str]:
+    import torch
+    return torch.get_num_threads(), os.environ['OMP_NUM_THREADS']
+
+
+@pytest.mark.parametrize('poison', [(), (3,), (0, 9), (2, 3, 4)])
+def test_every_innocent_task_finishes(poison):
+    tasks = [-x-1 if x in poison else x for x in range(10)]
+    with Workers(2) as workers:
+        results = dict(workers.run(square_or_die, tasks))
+    assert {t for t, r in results.items() if isinstance(r, WorkerDied)} == {-x-1 for x in poison}
+    assert {t: r for t, r in results.items() if t >= 0} == {x: x*x for x in range(10) if x not in poison}
+
+
+def test_workers_have_one_thread_and_the_driver_keeps_its_environment():
+    before = os.environ.get('OMP_NUM_THREADS')
+    with Workers(2) as workers:
+        assert {r for _, r in workers.run(thread_count, range(4))} == {(1, '1')}
+    assert os.environ.get('OMP_NUM_THREADS') == before
+
+
+DRIVER = '''
+import sys, time
+sys.path.insert(0, {tests!r})
+from llprobe.execution import Workers
+import test_execution
+if __name__ == '__main__':
+    with Workers(2) as workers:
+        for task, result in workers.run(test_execution.write_pid_and_sleep, [{folder!r}]*4): pass
+'''
+
+
+def write_pid_and_sleep(folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux tells a child that its parent died')
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_its_driver(tmp_path, how):
+    script, pids = tmp_path/'driver.py', tmp_path/'pids'
+    pids.mkdir()
+    script.write_text(DRIVER.format(tests=str(Path(__file__).parent), folder=str(pids)))
+    driver = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
+    _until(lambda: len(list(pids.iterdir())) == 2)
+    driver.send_signal(how)
+    driver.wait(20)
+    _until(lambda: not any(_alive(int(p.name)) for p in pids.iterdir()))
+
+
+def _until(condition, seconds: float = 60) -> None:
+    end = time.monotonic()+seconds
+    while not condition():
+        assert time.monotonic() < end, 'waited too long'
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] not in 'ZX'
+    except FileNotFoundError:
+        return False
+
+
+def test_dask_is_an_executor_like_any_other():
+    distributed = pytest.importorskip('distributed')
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client:
+            results = dict(Workers(2, client.get_executor()).run(abs, [-1, -2, -3]))
+    assert results == {-1: 1, -2: 2, -3: 3}

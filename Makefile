@@ -2,6 +2,8 @@ PYTHON   ?= python3
 VENV     ?= .venv
 PY       := $(VENV)/bin/python
 DATASETS ?= digits
+DATASET  ?= digits
+STUDY    ?=
 LEVELS   ?= 0.1 0.2 0.3 0.4
 SEEDS    ?= 0
 CONFIGS  ?= 16
@@ -13,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # uv does not read pip's variable for local wheels
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help demo test install lock notebook-test package-test prepare export clean-notebooks readme experiments figures clean
+.PHONY: help demo test install lock notebook-test package-test prepare export clean-notebooks readme experiments figures bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:              ## list the targets
@@ -49,14 +51,29 @@ readme: install          ## README.md from nbs/index.ipynb
 
 # --- experiments: resumable, one folder per data set, level and seed -----------------------------------------------
 experiments: $(RUNS:=/result.json)   ## probe notebooks for DATASETS, LEVELS, SEEDS; then the figures
-	$(foreach d,$(DATASETS),$(MAKE) --no-print-directory figures DATASET=$(d) &&) true
+	$(foreach d,$(DATASETS),$(MAKE) --no-print-directory figures DATASET='$(d)' &&) true
 runs/probe/%/result.json: nbs/experiments/probe.ipynb | $(VENV)/.installed
 	@mkdir -p $(@D)
 	$(EXPERIMENT) $< $(@D)/probe.ipynb -r dataset '$(word 1,$(subst /, ,$*))' -p level $(word 2,$(subst /, ,$*)) -p seed $(word 3,$(subst /, ,$*)) \
 	  -p n_configs $(CONFIGS) -p epochs $(EPOCHS) -p jobs '$(or $(JOBS),0)' -r out $(@D)
-figures: install         ## summarise runs/probe/DATASET in figures/DATASET
-	@mkdir -p runs/summary
-	$(EXPERIMENT) nbs/experiments/summary.ipynb runs/summary/$(DATASET).ipynb -r dataset '$(DATASET)' -r runs runs/probe -r figures figures
+figures: install         ## figures/DATASET from its probe runs, and from STUDY=folder if given
+	@mkdir -p runs/figures
+	$(EXPERIMENT) nbs/experiments/figures.ipynb 'runs/figures/$(notdir $(DATASET)).ipynb' -r dataset '$(DATASET)' -r study '$(STUDY)'
+
+# --- benchmark of the landscape against its peers, in their own environment --------------------------------------
+PEERS := .venv-peers
+bench: runs/bench/landscape/result.json  ## time landscapes and curvature against their peers (about 40 minutes on one core)
+$(PEERS)/.installed: | $(VENV)/.installed   ## the peers, with the same PyTorch
+	$(VENV)/bin/uv venv --quiet --allow-existing --python $(PY) $(PEERS)
+	$(VENV)/bin/uv pip install --quiet --python $(PEERS)/bin/python loss-landscapes==3.0.6 landscaper==1.3.1 pyhessian==0.1 \
+	  "torch==$$($(PY) -c 'import torch; print(torch.__version__.split("+")[0])')"
+	touch $@
+runs/bench/landscape/result.json: nbs/experiments/bench_landscape.ipynb tests/bench_landscape.py $(PEERS)/.installed
+	@mkdir -p $(@D)
+	$(EXPERIMENT) $< $(@D)/bench_landscape.ipynb
+bench-quick: $(PEERS)/.installed   ## the same in five minutes: fewer repeats, the peers' planes scaled up from 5 x 5 points
+	@mkdir -p runs/bench/quick
+	$(EXPERIMENT) nbs/experiments/bench_landscape.ipynb runs/bench/quick/bench_landscape.ipynb -p repeats 3 -p peer_grid 5 -p out runs/bench/quick -p copy ''
 
 clean:                   ## remove the environment and build products; runs and figures stay
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info

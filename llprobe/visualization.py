@@ -95,7 +95,8 @@ def plot_predictions(
     axis.hlines(table.index, table['val_accuracy'], table['predicted'], color='#cccccc', lw=1)
     axis.plot(table['val_accuracy'], table.index, 'o', ms=4, color=COLOURS['grey'], label='seen at its highest level')
     axis.errorbar(table['predicted'], table.index, xerr=2*table['std'], fmt='D', ms=4, lw=0.8, color=COLOURS['orange'], label='predicted at level 1, ± 2 deviations')
-    axis.plot(result['reached']['val_accuracy'], len(table)-1, '*', ms=12, color=COLOURS['green'], label='reached')
+    chosen = table.index[table['config_id'] == result['best_config_id']][0]
+    axis.plot(result['reached']['val_accuracy'], chosen, '*', ms=12, color=COLOURS['green'], label='reached')
     axis.set_yticks(table.index, [f'{c[:6]} @ {l:g}' for c, l in zip(table['config_id'], table['level'])], fontsize=6, family='monospace')
     axis.set(xlabel='validation accuracy', xlim=(-0.02, 1.02))
     axis.legend(fontsize=7, frameon=False)
@@ -126,7 +127,7 @@ def plot_level_scores(
     for _, rows in table.groupby('config_id'):
         stats = rows.groupby('level')['val_accuracy'].agg(['mean', 'sem'])
         axis.errorbar(stats.index, stats['mean'], stats['sem'] if n_seeds > 1 else None, marker='o', ms=3, lw=0.8, color=COLOURS['grey'], alpha=0.7)
-    axis.set(xlabel='level (fraction of the training data)', ylabel='validation accuracy', title=f'each line a config; {n_seeds} seed{"s"*(n_seeds > 1)}')
+    axis.set(xlabel='level (fraction of the training data)', ylabel='validation accuracy', title=f'{table["config_id"].nunique()} configs, {n_seeds} seed{"s"*(n_seeds > 1)}')
     return figure
 
 # %% ../nbs/70_visualization.ipynb #70visualizat012
@@ -134,9 +135,9 @@ def plot_agreement(
     agreement: pd.DataFrame, # One row a level and seed: level, spearman, regret, fte
 ) -> Figure:
     "Rank correlation with the highest level and regret of choosing at a level, against its cost; mean and standard error over seeds"
-    figure = Figure((7, 2.8), layout='constrained')
+    figure = Figure((7, 3.2), layout='constrained')
     stats, n_seeds = agreement.groupby('level').agg(['mean', 'sem']), agreement['seed'].nunique()
-    for axis, column, label in zip(figure.subplots(1, 2), ('spearman', 'regret'), ('rank correlation with the highest level', 'accuracy lost by choosing here')):
+    for axis, column, label in zip(figure.subplots(1, 2), ('spearman', 'regret'), ('rank correlation with top level', 'accuracy lost by choosing here')):
         axis.errorbar(stats['fte']['mean'], stats[column]['mean'], stats[column]['sem'] if n_seeds > 1 else None, marker='o', color=COLOURS['blue'], capsize=3)
         for level, row in stats.iterrows(): axis.annotate(f'{level:g}', (row['fte']['mean'], row[column]['mean']), xytext=(4, 4), textcoords='offset points', fontsize=7)
         axis.set(xlabel='cost of probing all configs (FTE)', ylabel=label)

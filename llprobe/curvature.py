@@ -162,6 +162,7 @@ def _check_symmetry(self: Krylov, i: int, coefficients: Tensor) -> None:
     if difference > tolerance*max(scale, float(coefficients.abs().max())):
         raise InputError('the products are not those of a symmetric matrix: some layer has a wrong second derivative, or draws random numbers')
 
+# %% ../nbs/34_curvature.ipynb #34curvature013
 @patch
 def step(self: Krylov) -> bool: # Could the basis grow?
     "Multiply the newest pending vector"
@@ -186,7 +187,7 @@ def ritz(self: Krylov,
     others = [i for i in range(self.size) if i not in set(chosen)]
     return values, (self.matrix[others][:, chosen]@vectors).norm(dim=0), vectors
 
-# %% ../nbs/34_curvature.ipynb #34curvature015
+# %% ../nbs/34_curvature.ipynb #34curvature016
 @dataclass(frozen=True)
 class Eigenvalues:
     "Extreme eigenvalues of a Hessian; `residuals`, `errors` and `vectors` are for the top ones, then the bottom ones"
@@ -201,7 +202,7 @@ class Eigenvalues:
     n_verification: int # Of which to verify
     cost: int # Forward passes of one sample
 
-# %% ../nbs/34_curvature.ipynb #34curvature016
+# %% ../nbs/34_curvature.ipynb #34curvature017
 class _Search:
     "The wanted ends of a spectrum in a Krylov space"
     def __init__(self, krylov: Krylov, n_top: int, n_bottom: int, tolerance: float):
@@ -223,7 +224,7 @@ class _Search:
         norm = float(self.krylov.ritz()[0].abs().max())
         return bool((errors <= self.tolerance*values.abs().clamp_min(norm/10)).all())
 
-# %% ../nbs/34_curvature.ipynb #34curvature018
+# %% ../nbs/34_curvature.ipynb #34curvature019
 @patch
 def _risk(self: _Search, chain: list[int]) -> float:
     "Bound on the probability that an eigenvalue outside the wanted ones was missed, given the chain's own Ritz values"
@@ -236,7 +237,7 @@ def _risk(self: _Search, chain: list[int]) -> float:
     n = self.krylov.basis.shape[1]-self.krylov.size+len(chain)
     return min(1., 1.648*math.sqrt(n)*math.exp(-math.sqrt(relative)*(2*len(chain)-1)))
 
-# %% ../nbs/34_curvature.ipynb #34curvature019
+# %% ../nbs/34_curvature.ipynb #34curvature01a
 @patch
 def verify(self: _Search, vectors: Iterator[Tensor], n_steps: int) -> float: # The risk, 1 if the wanted values have changed
     "Grow a chain from a random vector and see whether the wanted values stand"
@@ -254,7 +255,7 @@ def verify(self: _Search, vectors: Iterator[Tensor], n_steps: int) -> float: # T
     same = (values-before).abs() <= self.tolerance*values.abs().clamp_min(float(values.abs().max())/10)
     return (0. if invariant == 3 else risk) if bool(same.all()) else 1.
 
-# %% ../nbs/34_curvature.ipynb #34curvature01a
+# %% ../nbs/34_curvature.ipynb #34curvature01b
 def _run(search: _Search, start: Tensor, vectors: Iterator[Tensor], max_products: int, verify: bool) -> tuple[float, int]:
     "Grow and verify until both are content; the risk that something was missed, and products spent on verification"
     krylov, n_verification, size = search.krylov, 0, len(start)
@@ -270,7 +271,7 @@ def _run(search: _Search, start: Tensor, vectors: Iterator[Tensor], max_products
         n_verification += len(krylov.multiplied)-spent
         if risk < 1 and search.converged(): return risk, n_verification
 
-# %% ../nbs/34_curvature.ipynb #34curvature01b
+# %% ../nbs/34_curvature.ipynb #34curvature01c
 def extreme_eigenvalues(
     model: nn.Module, # Left bit for bit as found
     x: Any, # Inputs, or a loader of (inputs, targets)
@@ -298,7 +299,7 @@ def extreme_eigenvalues(
     return Eigenvalues(values[:n_top].tolist(), values[n_top:].tolist(), residuals.tolist(), errors.tolist(), trees, search.converged(),
         risk, H.n_products, n_verification, H.surface.cost)
 
-# %% ../nbs/34_curvature.ipynb #34curvature01c
+# %% ../nbs/34_curvature.ipynb #34curvature01d
 def random_vector(
     H: Hessian, # Says size, type and device
     seed: int, # Same seed, same vector

@@ -124,6 +124,8 @@ def normalise_direction(
     "Give every filter of the direction the norm of the model's"
     if norm not in ('filter', 'layer', 'none'): raise InputError(f"norm must be 'filter', 'layer' or 'none', got {norm!r}")
     parameters, owners = dict(model.named_parameters()), _owners(model)
+    if ignore_bias_norm and all(is_bias_or_norm(n, t, owners[n]) for n, t in direction.items()):
+        raise InputError('all parameters are biases or of normalisation layers, which are left alone: pass ignore_bias_norm=False')
     for name, part in direction.items():
         small = is_bias_or_norm(name, part, owners[name])
         if small and ignore_bias_norm: part.zero_()

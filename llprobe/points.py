@@ -199,7 +199,7 @@ def _run_stack(surface: LossSurface, weights: dict[str, Tensor], batch: Batch) -
     return torch.vmap(lambda w: torch.func.functional_call(surface.model, w, args, kwargs))(weights)
 
 def _stacked(surface: LossSurface, directions: Sequence[dict[str, Tensor]], points: list[tuple[float, ...]], all_: bool) -> list[dict]:
-    "Visit many points at once, or one after the other if the model cannot"
+    "Visit many points at once, or one after the other if the model cannot, or returns no tensor"
     loss_fn, mover, totals = check_loss(surface.loss_fn), _Mover(surface, directions), [Totals() for _ in points]
     with evaluating(surface.model), torch.no_grad():
         size = _chunk_size(surface, mover)
@@ -207,7 +207,8 @@ def _stacked(surface: LossSurface, directions: Sequence[dict[str, Tensor]], poin
             weights = _stack(mover, torch.tensor(points[start:start+size], dtype=torch.double))
             for batch in surface.first:
                 try: stack = _run_stack(surface, weights, batch)
-                except (RuntimeError, ValueError): return _sequential(surface, directions, points, all_)
+                except (RuntimeError, ValueError): stack = None
+                if not isinstance(stack, Tensor): return _sequential(surface, directions, points, all_)
                 for total, outputs in zip(totals[start:], stack):
                     loss = scalar_loss(loss_fn(outputs, batch.targets))
                     if start == 0 and batch is surface.first[0]: check_is_mean(loss_fn, outputs, batch, loss)

@@ -16,7 +16,7 @@ from .data import Dataset, Split, cached_file, load_dataset
 from .dataset_features import data_features
 from .execution import Workers
 from .metamodel import PowerLawModel
-from .models import architecture_name, build_model
+from .models import architecture_name, build_model, forward_flops
 from .probe import ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
 from .search import Search, Trial, check_levels
 from .space import SearchSpace, default_space
@@ -163,12 +163,19 @@ def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: tqdm) ->
         raise InputError(f'all {len(records)} probes at level {trials[0].level:g} crashed, the first with {records[0]["error"]}: mend the model or the space')
 
 # %% ../nbs/61_study.ipynb #61study013
+def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) -> int: # CPU threads of the full training
+    "All cores if a batch takes `enough` multiply-adds, else one"
+    dataset, s = study.split.dataset, study.settings.probe
+    flops = forward_flops(build_model(s.architecture, config, dataset.input_shape, dataset.n_classes), dataset.input_shape)
+    return n_workers if flops*resolve_config(config, s.train)['batch_size'] >= enough else 1
+
 def _run_final(study: Study, trial: Trial, n_workers: int, executor: Executor|None, progress: bool) -> None:
     "Train the predicted best on all of the data and test it once"
     task, function, epochs = study.task(trial), run_probe, study.settings.probe.train.n_epochs
     with tqdm(total=epochs, desc='full training', unit='epoch', disable=not progress) as bar:
         if executor is None:
-            task = replace(task, settings=replace(task.settings, train=replace(task.settings.train, n_threads=n_workers)))
+            threads = _threads(study, task.config, n_workers)
+            task = replace(task, settings=replace(task.settings, train=replace(task.settings.train, n_threads=threads)))
             def on_epoch(row: dict) -> None:
                 bar.update()
                 bar.set_postfix_str(f'validation {row["val_accuracy"]:.1%}')

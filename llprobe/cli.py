@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
     "Run or resume a study, and show what came out"
     from llprobe.report import save_figures, write_report
     from llprobe.study import run_study
+    sys.path.insert(0, str(Path.cwd())) # a model of one's own may lie in this folder
     start = time.perf_counter()
     result = run_study(args.dataset, args.out, _space(args), _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet)
     save_figures(args.out, args.out/'figures')
@@ -99,7 +100,7 @@ def status(args: argparse.Namespace) -> None:
     with open_store(args.out/'study.db', create=False, read_only=True) as store:
         for name in store.studies()['name']:
             frame = store.probe_frame(name)
-            print(f'{name}: {len(store.configs(name))} configs, {"finished" if (args.out/"result.json").exists() else "not finished"}')
+            print(f'{name}: {len(store.configs(name))} configs, {"finished" if (frame["purpose"] == "final").any() else "not finished"}')
             if len(frame): print(frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()),
                                  best=('val_accuracy', 'max'), seconds=('seconds', 'sum')).round(4).to_string())
 

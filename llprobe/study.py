@@ -124,11 +124,14 @@ def open_study(
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     configs = space.sample(settings.n_configs, settings.seed, settings.design)
     _check_study(settings, configs, data_path)
-    features, store, name = data_features(split, settings.seed), open_store(out/'study.db'), name or dataset.name
+    features, name = data_features(split, settings.seed), name or dataset.name
+    search = Search(space, configs, PowerLawModel(len(split.val), dataset.n_classes), settings.levels, settings.promote, features)
+    store = open_store(out/'study.db')
+    if others := [other for other in store.studies()['name'] if other != name]:
+        raise InputError(f'{out} holds the study {others[0]!r}: choose another folder for {name!r}')
     store.create_study(name, settings.to_dict(), dataset=dataset.name, fingerprint=dataset.fingerprint, space=space.to_dict(),
                        data_features=features, versions=versions())
     store.add_configs(name, configs)
-    search = Search(space, configs, PowerLawModel(len(split.val), dataset.n_classes), settings.levels, settings.promote, features)
     return Study(name, out, settings, split, data_path, store, search)
 
 # %% ../nbs/61_study.ipynb #61study00f

@@ -74,16 +74,19 @@ def _space(args: argparse.Namespace):
 # %% ../nbs/90_cli.ipynb #90cli009
 def run(args: argparse.Namespace) -> None:
     "Run or resume a study, and show what came out"
-    from llprobe.report import save_figures, write_report
     from llprobe.study import run_study
     sys.path.insert(0, str(Path.cwd())) # a model of one's own may lie in this folder
     start = time.perf_counter()
     result = run_study(args.dataset, args.out, _space(args), _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet)
-    save_figures(args.out, args.out/'figures')
-    page = write_report(args.out)
+    page = _write_report(args.out)
     _print_table(result, time.perf_counter()-start)
     for name, path in dict(report=page, figures=args.out/'figures', numbers=args.out/'result.json', weights=args.out/'best.safetensors').items():
         print(f'{name:<8} {path}')
+
+def _write_report(out: Path) -> Path:
+    "The page, with the figures beside it"
+    from llprobe.report import write_report
+    return write_report(out, figures_folder=out/'figures')
 
 def _print_table(result: dict, seconds: float) -> None:
     "The answer in a few lines"
@@ -107,9 +110,7 @@ def status(args: argparse.Namespace) -> None:
 # %% ../nbs/90_cli.ipynb #90cli00c
 def report(args: argparse.Namespace) -> None:
     "Write a finished study's page and figures again"
-    from llprobe.report import save_figures, write_report
-    save_figures(args.out, args.out/'figures')
-    print(write_report(args.out))
+    print(_write_report(args.out))
 
 def datasets(args: argparse.Namespace) -> None:
     "List the data sets known by name"

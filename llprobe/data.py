@@ -306,11 +306,16 @@ class Split:
     mean: Tensor # `(c,)` or `(d,)` float32, of the raw training part
     std: Tensor # Likewise, never 0
 
-    def inputs(self, part: str) -> tuple[Tensor, Tensor]:
-        "Raw inputs `(n, …)` and labels `(n,)` of 'train', 'val' or 'test'"
+    def inputs(self,
+        part: str, # 'train', 'val' or 'test'
+        chosen: Tensor|None=None, # `(n,)` positions in the part; all of it by default
+    ) -> tuple[Tensor, Tensor]: # Raw inputs `(n, …)` and labels `(n,)`
+        "One part's samples; only the chosen ones are copied"
         if part not in ('train', 'val', 'test'): raise InputError(f"part must be 'train', 'val' or 'test', got {part!r}")
         has_own = part == 'test' and self.dataset.test_x is not None
-        return (self.dataset.test_x if has_own else self.dataset.train_x)[getattr(self, part)], getattr(self, f'{part}_y')
+        x, y = (self.dataset.test_x, self.dataset.test_y) if has_own else (self.dataset.train_x, self.dataset.train_y)
+        indices = getattr(self, part) if chosen is None else getattr(self, part)[chosen]
+        return x[indices], y[indices]
 
     @property
     def train_y(self) -> Tensor: return self.dataset.train_y[self.train]

@@ -38,6 +38,15 @@ def _along(surface: LossSurface, curve: Callable[[float], Weights], ts: np.ndarr
         found.append(surface.evaluate())
     return {k: np.array([values[k] for values in found]) for k in found[0] if quantities == 'all' or k == 'loss'}
 
+def _profile(kind: str, curve: Callable[[float], Weights], model: nn.Module, x: Any, y: Any, n: int, quantities: str, batchnorm: str,
+             options: dict[str, Any]) -> Landscape:
+    "A curve's loss at n values of t from 0 to 1, with its barrier"
+    if n < 2: raise InputError(f'a line needs at least 2 points, got {n}')
+    if quantities not in ('loss', 'all'): raise InputError(f"quantities must be 'loss' or 'all', got {quantities!r}")
+    ts = np.linspace(0, 1, n)
+    with loss_surface(model, x, y, batchnorm=batchnorm, **options) as surface: values = _along(surface, curve, ts, quantities)
+    return Landscape(('t',), dict(t=ts), values, facts=dict(kind=kind, batchnorm=batchnorm, cost=surface.cost) | barrier(ts, values['loss']))
+
 # %% ../nbs/39_paths.ipynb #39paths007
 def interpolate(
     model: nn.Module, # Left bit for bit as found
@@ -51,12 +60,8 @@ def interpolate(
     **options: Any, # loss_fn and batch_size, as for `loss_surface`
 ) -> Landscape: # One dimension, t from 0 (start) to 1 (end); facts: barrier, height, cost
     "The loss on the straight line between two solutions"
-    if n < 2: raise InputError(f'a line needs at least 2 points, got {n}')
-    if quantities not in ('loss', 'all'): raise InputError(f"quantities must be 'loss' or 'all', got {quantities!r}")
-    start, end, ts = check_weights(model, start), check_weights(model, end), np.linspace(0, 1, n)
-    with loss_surface(model, x, y, batchnorm=batchnorm, **options) as surface:
-        values = _along(surface, lambda t: _mix((1-t, start), (t, end)), ts, quantities)
-    return Landscape(('t',), dict(t=ts), values, facts=dict(kind='interpolation', batchnorm=batchnorm, cost=surface.cost) | barrier(ts, values['loss']))
+    start, end = check_weights(model, start), check_weights(model, end)
+    return _profile('interpolation', lambda t: _mix((1-t, start), (t, end)), model, x, y, n, quantities, batchnorm, options)
 
 # %% ../nbs/39_paths.ipynb #39paths009
 def barrier(
@@ -155,10 +160,9 @@ def along_curve(
     **options: Any, # loss_fn and batch_size, as for `loss_surface`
 ) -> Landscape: # One dimension, t from 0 to 1; facts: barrier, height, cost
     "The loss on the Bézier curve between two solutions"
-    start, end, ts = check_weights(model, start), check_weights(model, end), np.linspace(0, 1, n)
+    start, end = check_weights(model, start), check_weights(model, end)
     curve = lambda t: _mix((1-t, start), (t, end)) | _bezier(t, start, control, end)
-    with loss_surface(model, x, y, batchnorm=batchnorm, **options) as surface: values = _along(surface, curve, ts, quantities)
-    return Landscape(('t',), dict(t=ts), values, facts=dict(kind='Bézier curve', batchnorm=batchnorm, cost=surface.cost) | barrier(ts, values['loss']))
+    return _profile('Bézier curve', curve, model, x, y, n, quantities, batchnorm, options)
 
 # %% ../nbs/39_paths.ipynb #39paths016
 def swa_gap(

@@ -89,8 +89,8 @@ def _responses(
     chosen = dict(train=indices[:s.n_response_samples], val=sample_order(split.val_y, 'stratified', task.seed)[:s.n_response_samples])
     device, samples = resolve_device(s.train.device), {}
     for part, index in chosen.items():
-        x, y = split.inputs(part)
-        samples[part] = network_input(split, x[index].to(device)), y[index].to(device)
+        x, y = (t.to(device) for t in split.inputs(part, index))
+        samples[part] = network_input(split, x), y
     with isolated(0, device, s.train.n_threads):
         return probe_responses(model, samples, task.seed, s.radii, s.n_directions, s.sam_radii)
 

@@ -14,7 +14,7 @@ from .store import Store, open_store
 from .visualization import plot_cost, plot_curves, plot_levels, plot_predictions, plot_responses, save_figure
 
 # %% auto #0
-__all__ = ['read_result', 'study_figures', 'save_figures', 'read_runs', 'level_agreement', 'summary_rows', 'write_report']
+__all__ = ['read_result', 'study_figures', 'read_runs', 'level_agreement', 'summary_rows', 'write_report']
 
 # %% ../nbs/80_report.ipynb #80report005
 def read_result(
@@ -40,17 +40,6 @@ def study_figures(
     yield 'responses', f'Validation loss under filter-normalised noise, mean over directions; {seed}.', plot_responses(responses, scores, low), responses
     yield 'curves', f'Validation accuracy by epoch at level {low:g}; {seed}.', plot_curves(curves, low, best), curves
     yield 'cost', 'Cost in full-training equivalents, validation and perturbation charged.', plot_cost(result), pd.Series(result['cost']['fte'], name='fte').rename_axis('part').reset_index()
-
-def save_figures(
-    folder: str|Path, # A finished study's folder
-    into: str|Path, # Folder of the figures
-) -> list[str]: # Their names
-    "Save a study's figures as PDF and PNG, each with its CSV"
-    names = []
-    for name, _, figure, data in study_figures(folder):
-        save_figure(figure, Path(into)/name, data)
-        names.append(name)
-    return names
 
 # %% ../nbs/80_report.ipynb #80report007
 def read_runs(
@@ -135,10 +124,14 @@ def _svg(figure: Figure) -> str:
 def write_report(
     folder: str|Path, # A finished study's folder
     path: str|Path|None = None, # By default report.html in the folder
+    figures_folder: str|Path|None = None, # Where each figure is kept too, as PDF and PNG with its CSV
 ) -> Path: # Where the page lies
-    "Write a study's page"
+    "Write a study's page, and keep its figures if a folder is named for them"
     result, path = read_result(folder), Path(path or Path(folder)/'report.html')
-    figures = [(caption, _svg(figure)) for _, caption, figure, _ in study_figures(folder)]
+    figures = []
+    for name, caption, figure, data in study_figures(folder):
+        if figures_folder: save_figure(figure, Path(figures_folder)/name, data)
+        figures.append((caption, _svg(figure)))
     names = sorted({n for p in result['predictions'] for n in p['config']})
     page = _PAGE.render(result=result, summary=summary_rows(result), figures=figures, names=names)
     with atomic_path(path) as temporary: temporary.write_text(page, encoding='utf-8')

@@ -8,6 +8,7 @@ import math, time
 from dataclasses import dataclass
 from typing import Sequence
 import pandas as pd
+from fastcore.basics import patch
 from .core import InputError
 from .features import feature_frame
 from .metamodel import MetaModel
@@ -66,8 +67,6 @@ class Search:
         return sizes
 
 # %% ../nbs/60_search.ipynb #60search008
-from fastcore.basics import patch
-
 @patch
 def tell(self: Search,
     record: dict, # A probe's record

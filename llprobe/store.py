@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator
 from urllib.parse import quote
 import pandas as pd, sqlalchemy as sa
+from fastcore.basics import patch_to
 from filelock import FileLock, Timeout
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, NoSuchModuleError, OperationalError
 from .core import InputError, derive_seed, digest, plain
@@ -163,17 +164,11 @@ class Store:
         self._read_engine.dispose()
 
 # %% ../nbs/41_store.ipynb #41store01b
-def patch_store(method):
-    "Add `method` to `Store`"
-    setattr(Store, method.__name__, method)
-    return method
-
-# %% ../nbs/41_store.ipynb #41store01c
 def _reason(error: Exception) -> str:
     "The first line of what the database said"
     return str(getattr(error, 'orig', error)).strip().splitlines()[0]
 
-@patch_store
+@patch_to(Store)
 @contextlib.contextmanager
 def _begin(self: Store, write: bool = False) -> Iterator[sa.Connection]:
     "One transaction: committed when the block ends, rolled back when it raises"
@@ -186,8 +181,8 @@ def _begin(self: Store, write: bool = False) -> Iterator[sa.Connection]:
         if type(error) is not DatabaseError or self.path is None: raise # its subclasses say nothing about the file
         raise InputError(f'{self.where} is not an llprobe database, or damaged ({_reason(error)}): restore a copy') from error
 
-# %% ../nbs/41_store.ipynb #41store01e
-@patch_store
+# %% ../nbs/41_store.ipynb #41store01d
+@patch_to(Store)
 def _version(self: Store, connection: sa.Connection) -> int|None:
     "The schema's version; None in an empty database"
     tables = sa.inspect(connection).get_table_names()
@@ -198,7 +193,7 @@ def _version(self: Store, connection: sa.Connection) -> int|None:
         raise InputError(f'{self.where} is of a newer llprobe (schema {version}, this one knows {SCHEMA_VERSION}): upgrade llprobe')
     return version
 
-@patch_store
+@patch_to(Store)
 def _prepare(self: Store, create: bool) -> None:
     "Make the tables of an empty database; all of them or none"
     with self._begin() as connection: version = self._version(connection)
@@ -211,7 +206,7 @@ def _prepare(self: Store, create: bool) -> None:
         METADATA.create_all(connection)
         connection.execute(sa.insert(SCHEMA), dict(version=SCHEMA_VERSION))
 
-# %% ../nbs/41_store.ipynb #41store01f
+# %% ../nbs/41_store.ipynb #41store01e
 def _url(where: str|Path) -> sa.URL:
     "A path as the URL of an SQLite file; a URL as it is"
     if '://' not in str(where): return sa.URL.create('sqlite', database=str(where))
@@ -238,7 +233,7 @@ def open_store(
         raise InputError(f'cannot open {label} ({_reason(error)}): check that it exists and that you may use it') from error
     return store
 
-# %% ../nbs/41_store.ipynb #41store022
+# %% ../nbs/41_store.ipynb #41store021
 def _leaves(value: Any, name: str = '') -> dict[str, Any]:
     "Nested dicts as one dict with dotted names"
     if not isinstance(value, dict) or not value: return {name: value}
@@ -251,8 +246,8 @@ def _differences(begun: dict, now: dict) -> str:
     return '; '.join(f'{name} {show(begun, name)}, now {show(now, name)}' for name in {**begun, **now}
                      if (name in begun) != (name in now) or digest(begun[name]) != digest(now[name]))
 
-# %% ../nbs/41_store.ipynb #41store024
-@patch_store
+# %% ../nbs/41_store.ipynb #41store023
+@patch_to(Store)
 def create_study(
     self: Store,
     name: str, # Any printable text
@@ -277,8 +272,8 @@ def create_study(
     strip = lambda d: {**d['settings'], 'fingerprint': d['fingerprint'], 'space': d['space']}
     raise InputError(f'study {name!r} was begun with {_differences(strip(known._mapping), strip(now))}; choose another name or folder')
 
-# %% ../nbs/41_store.ipynb #41store025
-@patch_store
+# %% ../nbs/41_store.ipynb #41store024
+@patch_to(Store)
 def study(self: Store, study: int|str) -> dict[str, Any]: # Its row. Raises `InputError` when there is no such study
     "What was written when the study (id or name) was begun"
     is_it = STUDY.c.name == _text(study) if isinstance(study, str) else STUDY.c.id == study
@@ -288,11 +283,11 @@ def study(self: Store, study: int|str) -> dict[str, Any]: # Its row. Raises `Inp
         names = connection.scalars(sa.select(STUDY.c.name).order_by(STUDY.c.name)).all()
     raise InputError(f"{self.where} has no study {study!r}: it has {', '.join(map(repr, names)) or 'none'}")
 
-@patch_store
+@patch_to(Store)
 def _id(self: Store, study: int|str) -> int: return self.study(study)['id']
 
-# %% ../nbs/41_store.ipynb #41store028
-@patch_store
+# %% ../nbs/41_store.ipynb #41store027
+@patch_to(Store)
 def add_configs(
     self: Store,
     study: int|str, # Id or name
@@ -309,14 +304,14 @@ def add_configs(
         if rows: connection.execute(sa.insert(CONFIG), rows)
     return ids
 
-@patch_store
+@patch_to(Store)
 def configs(self: Store, study: int|str) -> list[dict[str, Any]]: # Hyper-parameters by name
     "The design: all configs in their order"
     query = sa.select(CONFIG.c.hyperparameters).where(CONFIG.c.study_id == self._id(study)).order_by(CONFIG.c.position)
     with self._begin() as connection: return list(connection.scalars(query))
 
-# %% ../nbs/41_store.ipynb #41store02b
-@patch_store
+# %% ../nbs/41_store.ipynb #41store02a
+@patch_to(Store)
 def add_probe(
     self: Store,
     study: int|str, # Id or name
@@ -337,7 +332,7 @@ def add_probe(
             if rows: connection.execute(sa.insert(table), [_row(table, probe_id=probe_id, **part) for part in rows])
     return True
 
-# %% ../nbs/41_store.ipynb #41store02d
+# %% ../nbs/41_store.ipynb #41store02c
 _KEY = CONFIG.c.position, PROBE.c.level, PROBE.c.seed, PROBE.c.purpose # The order of probes, whatever order they finished in
 def _shown(table: sa.Table) -> list[sa.Column]:
     "The columns that hold what was told; the others keep order, time and links"
@@ -354,8 +349,8 @@ def _parts(connection: sa.Connection, study_id: int, table: sa.Table) -> Iterato
              .order_by(*table.primary_key))
     for probe_id, nan, *values in connection.execute(query): yield probe_id, _restore(dict(zip(names, values)), nan)
 
-# %% ../nbs/41_store.ipynb #41store02e
-@patch_store
+# %% ../nbs/41_store.ipynb #41store02d
+@patch_to(Store)
 def probes(self: Store, study: int|str) -> list[dict[str, Any]]: # Equal to the records added, in the order of `_KEY`
     "All probes of a study (id or name), whole and from one moment"
     study_id, names, records = self._id(study), ('config', *(c.name for c in _OWN)), {}
@@ -368,8 +363,8 @@ def probes(self: Store, study: int|str) -> list[dict[str, Any]]: # Equal to the 
             for probe_id, part in _parts(connection, study_id, table): records[probe_id][name].append(part)
     return list(records.values())
 
-# %% ../nbs/41_store.ipynb #41store035
-@patch_store
+# %% ../nbs/41_store.ipynb #41store034
+@patch_to(Store)
 def add_predictions(
     self: Store,
     study: int|str, # Id or name
@@ -382,14 +377,14 @@ def add_predictions(
         known = set(map(tuple, connection.execute(sa.select(*(PREDICTION.c[k] for k in key)).where(PREDICTION.c.study_id == study_id))))
         if fresh := [row for row in rows if tuple(row[k] for k in key) not in known]: connection.execute(sa.insert(PREDICTION), fresh)
 
-# %% ../nbs/41_store.ipynb #41store037
-@patch_store
+# %% ../nbs/41_store.ipynb #41store036
+@patch_to(Store)
 def _frame(self: Store, query: sa.Select) -> pd.DataFrame:
     "The query's rows, with every real column as float64 even where all is NULL"
     reals = {c.name: 'float64' for c in query.selected_columns if isinstance(c.type, sa.Double)}
     with self._begin() as connection: return pd.read_sql(query, connection).astype(reals)
 
-@patch_store
+@patch_to(Store)
 def studies(self: Store) -> pd.DataFrame: # One row a study
     "What the database holds"
     mine = lambda value, table: sa.select(value).select_from(table).where(table.c.study_id == STUDY.c.id).scalar_subquery()
@@ -398,13 +393,13 @@ def studies(self: Store) -> pd.DataFrame: # One row a study
         mine(count, CONFIG).label('n_configs'), mine(count, PROBE).label('n_probes'), mine(final, PROBE).label('n_final'),
         mine(last, PROBE).label('last_finished_at')).order_by(STUDY.c.id))
 
-@patch_store
+@patch_to(Store)
 def predictions(self: Store, study: int|str) -> pd.DataFrame: # In the order in which they were made
     "All predictions of a study"
     return self._frame(sa.select(*_shown(PREDICTION)).where(PREDICTION.c.study_id == self._id(study)).order_by(PREDICTION.c.id))
 
-# %% ../nbs/41_store.ipynb #41store03a
-@patch_store
+# %% ../nbs/41_store.ipynb #41store039
+@patch_to(Store)
 def probe_frame(self: Store, study: int|str) -> pd.DataFrame: # Ordered as `probes`; hyper-parameters come last
     "One row a probe, hyper-parameters in columns"
     frame = self._frame(sa.select(*_OWN, PROBE.c.finished_at, CONFIG.c.position, CONFIG.c.hyperparameters).join(CONFIG, _OF)
@@ -412,20 +407,20 @@ def probe_frame(self: Store, study: int|str) -> pd.DataFrame: # Ordered as `prob
     values = pd.DataFrame(list(frame.pop('hyperparameters')), index=frame.index)
     return frame.join(values.rename(columns=lambda name: f'config_{name}' if name in frame else name))
 
-@patch_store
+@patch_to(Store)
 def _part_frame(self: Store, study: int|str, table: sa.Table) -> pd.DataFrame:
     "One row an epoch or a response, with its probe's key"
     return self._frame(sa.select(PROBE.c.config_id, *_KEY[1:], *_shown(table)).select_from(PROBE).join(CONFIG, _OF).join(table)
                        .where(PROBE.c.study_id == self._id(study)).order_by(*_KEY, *table.primary_key))
 
-@patch_store
+@patch_to(Store)
 def curve_frame(self: Store, study: int|str) -> pd.DataFrame: return self._part_frame(study, CURVE)
 
-@patch_store
+@patch_to(Store)
 def response_frame(self: Store, study: int|str) -> pd.DataFrame: return self._part_frame(study, RESPONSE)
 
-# %% ../nbs/41_store.ipynb #41store03d
-@patch_store
+# %% ../nbs/41_store.ipynb #41store03c
+@patch_to(Store)
 def _try_lock(self: Store, name: str, held: contextlib.ExitStack) -> bool:
     "Take the lock if it is free; `held` gives it back"
     if self.path:
@@ -438,15 +433,15 @@ def _try_lock(self: Store, name: str, held: contextlib.ExitStack) -> bool:
     connection.detach() # so that closing it ends the server's session, and with it the lock
     return connection.scalar(sa.select(sa.func.pg_try_advisory_lock(derive_seed('driver', name))))
 
-@patch_store
+@patch_to(Store)
 def _holder(self: Store, name: str) -> str:
     "One sentence on who drives a study"
     with self._begin() as connection: row = connection.execute(sa.select(DRIVER).where(DRIVER.c.study == _text(name))).first()
     who = f'process {row.process_id} on {row.host} since {row.since}' if row else 'another process'
     return f'study {name!r} is being driven by {who}: wait for it, stop it, or use another name'
 
-# %% ../nbs/41_store.ipynb #41store03e
-@patch_store
+# %% ../nbs/41_store.ipynb #41store03d
+@patch_to(Store)
 @contextlib.contextmanager
 def lock(
     self: Store,

@@ -115,7 +115,6 @@ def open_study(
 ) -> Study: # Raises `InputError` for what cannot work
     "Open a study, new or begun"
     settings = replace(settings, levels=check_levels(settings.levels))
-    if settings.n_configs < 2: raise InputError(f'a study needs at least 2 configs, got {settings.n_configs}')
     out = _writable_folder(out)
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, progress=progress)
     space = space or default_space('simple_cnn' if dataset.is_image else 'mlp')

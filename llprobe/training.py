@@ -162,10 +162,9 @@ class Trainer:
         if split.dataset.is_image: self.model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, self.config)
         self.split = split
-        x, y = split.inputs('train')
-        self.x, self.y = x[indices].to(self.device), y[indices].to(self.device)
+        self.x, self.y = (t.to(self.device) for t in split.inputs('train', indices))
         mixed = sample_order(split.val_y, 'stratified', seed) # so that the first n are a fair sample
-        self.val_x, self.val_y = (t[mixed].to(self.device) for t in split.inputs('val'))
+        self.val_x, self.val_y = (t.to(self.device) for t in split.inputs('val', mixed))
         self.epoch, self.step = 0, 0
         self.n_steps = settings.n_epochs*len(batch_indices(len(self.x), int(self.config['batch_size']), torch.Generator()))
 

@@ -46,6 +46,7 @@ class ProbeTask:
     seed: int = 0             # The study's seed
     purpose: str = 'probe'    # 'probe', or 'final' for the full training that is tested once
     settings: ProbeSettings = ProbeSettings()
+    checkpoint: str|None = None # File that the training is continued from, if it exists, and kept in after every epoch
 
 # %% ../nbs/40_probe.ipynb #40probe007
 @functools.lru_cache(maxsize=4)
@@ -103,7 +104,7 @@ def run_probe(
     start, split, indices = time.perf_counter(), task_split(task), task_indices(task)
     dataset, settings = split.dataset, task.settings.train
     model = build_model(task.settings.architecture or 'simple_cnn', task.config, dataset.input_shape, dataset.n_classes, seed=task.seed)
-    result = train(model, task.config, split, indices, settings, task.seed, on_epoch)
+    result = train(model, task.config, split, indices, settings, task.seed, on_epoch, task.checkpoint)
     record = dict(_head(task, len(indices)), status=result.status, val_accuracy=result.val_accuracy, val_loss=result.val_loss,
                   train_samples=result.train_samples, forward_samples=float(result.forward_samples), curve=result.curve)
     if task.purpose == 'final':

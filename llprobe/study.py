@@ -17,11 +17,12 @@ from .dataset_features import data_features
 from .execution import Workers
 from .metamodel import PowerLawModel
 from .models import architecture_name, build_model, forward_flops
+from .optimization import resolve_config
 from .probe import ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
 from .search import Search, Trial, check_levels
 from .space import SearchSpace, default_space
 from .store import Store, open_store
-from .training import resolve_config, resolve_device
+from .training import resolve_device
 
 # %% auto #0
 __all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'default_workers', 'open_study', 'run_study', 'run_probes',
@@ -59,7 +60,7 @@ def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -
     if s.train.n_epochs < 1: raise InputError(f'epochs must be at least 1, got {s.train.n_epochs}')
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     for config in configs:
-        resolve_config(config, s.train)
+        resolve_config(config, s.train.shared)
         build_model(s.architecture, config, split.dataset.input_shape, split.dataset.n_classes)
     for level in settings.levels: task_indices(ProbeTask(data_path, configs[0], level, settings.seed, settings=s))
 
@@ -169,17 +170,19 @@ def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) ->
     "All cores if a batch takes `enough` multiply-adds, else one"
     dataset, s = study.split.dataset, study.settings.probe
     flops = forward_flops(build_model(s.architecture, config, dataset.input_shape, dataset.n_classes), dataset.input_shape)
-    return n_workers if flops*resolve_config(config, s.train)['batch_size'] >= enough else 1
+    return n_workers if flops*resolve_config(config, s.train.shared)['batch_size'] >= enough else 1
 
 def _run_final(study: Study, trial: Trial, n_workers: int, executor: Executor|None, progress: bool) -> None:
     "Train the predicted best on all of the data and test it once"
     task, function, epochs = study.task(trial), run_probe, study.settings.probe.train.n_epochs
+    checkpoint = study.out/'full-training.safetensors'
     with tqdm(total=epochs, desc='full training', unit='epoch', disable=not progress) as bar:
         if executor is None:
             threads = _threads(study, task.config, n_workers)
-            task = replace(task, settings=replace(task.settings, train=replace(task.settings.train, n_threads=threads)))
+            train = replace(task.settings.train, n_threads=threads)
+            task = replace(task, checkpoint=str(checkpoint), settings=replace(task.settings, train=train))
             def on_epoch(row: dict) -> None:
-                bar.update()
+                bar.update(row['epoch']-bar.n)
                 bar.set_postfix_str(f'validation {row["val_accuracy"]:.1%}')
             function = functools.partial(run_probe, on_epoch=on_epoch)
         [(_, result)] = Workers(1, executor).run(function, [task])
@@ -187,6 +190,7 @@ def _run_final(study: Study, trial: Trial, n_workers: int, executor: Executor|No
     if weights := record.pop('weights', None):
         with atomic_path(study.out/'best.safetensors') as path: path.write_bytes(weights)
     study.take(record)
+    checkpoint.unlink(missing_ok=True)
 
 # %% ../nbs/61_study.ipynb #61study014
 def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: bool) -> list[Trial]: # The full training that is due, if any

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from sqlalchemy import create_engine, text
 
+from llprobe.checkpoint import load_checkpoint
 from llprobe.core import InputError
 from llprobe.probe import ProbeSettings
 from llprobe.space import SearchSpace
@@ -94,6 +95,26 @@ def test_killed_and_resumed_is_as_uninterrupted(uninterrupted, tmp_path, kill_af
     assert {i: after[i] for i in before} == before, 'a finished probe was done again'
     assert len(after) == 8+4+1
     assert result(out) == result(uninterrupted)
+
+
+def test_a_full_training_killed_half_way_goes_on_from_its_last_epoch(tmp_path):
+    short = ['--dataset', 'digits', '--levels', '0.1', '--configs', '2', '--epochs', '20', '--seed', '0', '--quiet', '--jobs', '1']
+    whole, killed = tmp_path/'whole', tmp_path/'killed'
+    assert run(whole, arguments=short).returncode == 0
+    assert not (whole/'full-training.safetensors').exists()  # it has done its work
+    driver = subprocess.Popen([*LLPROBE, 'run', *short, '--out', str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    checkpoint, end = killed/'full-training.safetensors', time.monotonic()+120
+    while not checkpoint.exists() and driver.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    _, before = load_checkpoint(checkpoint)
+    assert 1 <= before['epoch'] < 20 and len(finished(killed)) == 2
+    assert run(killed, arguments=short).returncode == 0
+    with open_store(killed/'study.db') as store:
+        curve = [record for record in store.probes('digits') if record['purpose'] == 'final'][0]['curve']
+    assert [row['seconds'] for row in curve[:before['epoch']]] == [row['seconds'] for row in before['curve']], 'an epoch was done again'
+    assert len(curve) == 20 and result(killed) == result(whole)
 
 
 def test_ctrl_c_stops_cleanly_and_the_command_says_how_to_go_on(tmp_path):

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import InputError, derive_seed
 
 # %% auto #0
-__all__ = ['Architecture', 'ARCHITECTURES', 'simple_cnn', 'mlp', 'resnet', 'architecture_name', 'evaluating', 'build_model',
-           'count_parameters', 'forward_flops']
+__all__ = ['Architecture', 'ARCHITECTURES', 'Dropout', 'simple_cnn', 'mlp', 'resnet', 'architecture_name', 'evaluating',
+           'build_model', 'count_parameters', 'forward_flops']
 
 # %% ../nbs/11_models.ipynb #11models005
 def _number(config: dict[str, Any], name: str, default: float, low: float, high: float=float('inf'), whole: bool=True) -> float:
@@ -28,7 +28,17 @@ def _number(config: dict[str, Any], name: str, default: float, low: float, high:
     return int(value) if whole else float(value)
 
 def _dropout(config: dict[str, Any], default: float) -> nn.Dropout:
-    return nn.Dropout(_number(config, 'dropout', default, 0, 1, whole=False))
+    return Dropout(_number(config, 'dropout', default, 0, 1, whole=False))
+
+class Dropout(nn.Dropout):
+    "`nn.Dropout` whose probability is a buffer, so that members of a stack may differ in it and still share their random numbers"
+    def __init__(self, p: float): # In [0, 1)
+        super().__init__(p)
+        self.register_buffer('probability', torch.tensor(p), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training: return x
+        return x*(torch.rand(x.shape, device=x.device) >= self.probability)/(1-self.probability)
 
 # %% ../nbs/11_models.ipynb #11models007
 def _need_image(architecture: str, input_shape: tuple[int, ...]) -> tuple[int, int, int]:

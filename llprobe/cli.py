@@ -99,13 +99,17 @@ def _print_table(result: dict, seconds: float) -> None:
 # %% ../nbs/90_cli.ipynb #90cli00b
 def status(args: argparse.Namespace) -> None:
     "Show how far a study is"
+    from llprobe.core import METRICS, show_score
     from llprobe.store import open_store
     with open_store(args.out/'study.db', create=False, read_only=True) as store:
         for name in store.studies()['name']:
-            frame = store.probe_frame(name)
+            frame, metric = store.probe_frame(name), store.study(name)['metric']
             print(f'{name}: {len(store.configs(name))} configs, {"finished" if (frame["purpose"] == "final").any() else "not finished"}')
-            if len(frame): print(frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()),
-                                 best=('val_accuracy', 'max'), seconds=('seconds', 'sum')).round(4).to_string())
+            if not len(frame): continue
+            table = frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()),
+                                                            best=('val_score', 'max'), seconds=('seconds', 'sum'))
+            table['best'] = [show_score(score, metric) for score in table['best']]
+            print(table.rename(columns=dict(best=f'best {METRICS[metric]}')).round(1).to_string())
 
 # %% ../nbs/90_cli.ipynb #90cli00c
 def report(args: argparse.Namespace) -> None:
@@ -114,8 +118,8 @@ def report(args: argparse.Namespace) -> None:
 
 def datasets(args: argparse.Namespace) -> None:
     "List the data sets known by name"
-    from llprobe.data import DATASETS
-    print('\n'.join(DATASETS))
+    from llprobe.data import DATASETS, REGRESSIONS
+    print('\n'.join(f'{name} (regression)' if name in REGRESSIONS else name for name in DATASETS))
     print('\nor a folder of images: train/<class>/* and test/<class>/*, or <class>/*\n$LLPROBE_DATA/<name>/ in that layout comes before any download')
 
 # %% ../nbs/90_cli.ipynb #90cli00e

@@ -89,10 +89,11 @@ def _responses(
     chosen = dict(train=indices[:s.n_response_samples], val=sample_order(split.val_y, 'stratified', task.seed)[:s.n_response_samples])
     device, samples = resolve_device(s.train.device), {}
     for part, index in chosen.items():
-        x, y = (t.to(device) for t in split.inputs(part, index))
+        x, y = (t.to(device) for t in split.samples(part, index))
         samples[part] = network_input(split, x), y
     with isolated(0, device, s.train.n_threads):
-        return probe_responses(model, samples, task.seed, s.radii, s.n_directions, s.sam_radii)
+        rows, cost = probe_responses(model, samples, task.seed, s.radii, s.n_directions, s.sam_radii)
+    return [{name: value for name, value in row.items() if name != 'r2'} for row in rows], cost # on the same samples R² says what the loss says
 
 # %% ../nbs/40_probe.ipynb #40probe00c
 def run_probe(
@@ -102,12 +103,12 @@ def run_probe(
     "Train, perturb, and write down what happened; raises `InputError` for a task that cannot run"
     start, split, indices = time.perf_counter(), task_split(task), task_indices(task)
     dataset, settings = split.dataset, task.settings.train
-    model = build_model(task.settings.architecture or 'simple_cnn', task.config, dataset.input_shape, dataset.n_classes, seed=task.seed)
+    model = build_model(task.settings.architecture or 'simple_cnn', task.config, dataset.input_shape, dataset.n_outputs, seed=task.seed)
     result = train(model, task.config, split, indices, settings, task.seed, on_epoch)
-    record = dict(_head(task, len(indices)), status=result.status, val_accuracy=result.val_accuracy, val_loss=result.val_loss,
+    record = dict(_head(task, len(indices)), status=result.status, val_score=result.val_score, val_loss=result.val_loss,
                   train_samples=result.train_samples, forward_samples=float(result.forward_samples), curve=result.curve)
     if task.purpose == 'final':
-        test = _test(task, model) if result.status == 'ok' else dict(test_accuracy=1/dataset.n_classes, test_loss=math.nan)
+        test = _test(task, model) if result.status == 'ok' else dict(test_score=dataset.chance_score, test_loss=math.nan)
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         record |= dict(test, weights=safetensors.torch.save(state))
     elif result.status == 'ok':
@@ -119,15 +120,15 @@ def run_probe(
 def _head(task: ProbeTask, n_samples: int) -> dict[str, Any]:
     "The part of a record that is known before the training"
     return dict(config_id=config_id(task.config), config=task.config, level=task.level, seed=task.seed, purpose=task.purpose,
-                n_epochs=task.settings.train.n_epochs, n_samples=n_samples, test_accuracy=None, test_loss=None, error=None,
+                n_epochs=task.settings.train.n_epochs, n_samples=n_samples, test_score=None, test_loss=None, error=None,
                 curve=[], responses=[])
 
 def _test(task: ProbeTask, model: torch.nn.Module) -> dict[str, float]:
     "The one look at the test part"
     split, device = task_split(task), resolve_device(task.settings.train.device)
-    x, y = (t.to(device) for t in split.inputs('test'))
+    x, y = (t.to(device) for t in split.samples('test'))
     with isolated(0, device, task.settings.train.n_threads): scores = evaluate(model, network_input(split, x), y)
-    return dict(test_accuracy=scores['accuracy'], test_loss=scores['loss'])
+    return dict(test_score=scores[split.dataset.metric], test_loss=scores['loss'])
 
 # %% ../nbs/40_probe.ipynb #40probe00f
 def crashed_record(
@@ -135,8 +136,8 @@ def crashed_record(
     error: str, # What happened, in one line
 ) -> dict[str, Any]: # A record with the score of chance and no cost
     "What is recorded of a probe that could not finish"
-    split = task_split(task)
-    return dict(_head(task, len(task_indices(task))), status='crashed', val_accuracy=1/split.dataset.n_classes, val_loss=math.nan,
+    chance = task_split(task).dataset.chance_score
+    return dict(_head(task, len(task_indices(task))), status='crashed', val_score=chance, val_loss=math.nan,
                 train_samples=0, forward_samples=0.0, seconds=0.0, error=error)
 
 # %% ../nbs/40_probe.ipynb #40probe017

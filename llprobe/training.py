@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import InputError, derive_seed
 from .data import Split, normalise
-from .batches import evaluate
+from .batches import evaluate, task_loss
 from .sampler import sample_order
 from .space import OPTIMIZERS
 
@@ -32,7 +32,7 @@ class TrainSettings:
     n_epochs: int = 10            # The same at every level
     schedule: str = 'one_cycle'   # Of the learning rate: one of `SCHEDULES`
     augment: str = 'none'         # One of `AUGMENTATIONS`; images only
-    label_smoothing: float = 0.0  # In [0, 1)
+    label_smoothing: float = 0.0  # In [0, 1); of classes only
     device: str = 'auto'          # 'cpu', 'cuda', 'cuda:1' …; 'auto' takes CUDA where there is one
     n_threads: int = 1            # CPU threads of one training
     n_curve_samples: int = 1000   # Validation samples behind each epoch's point of the curve; the last value uses them all
@@ -56,6 +56,7 @@ _RANGES = dict(learning_rate=(0, math.inf), momentum=(0, 1), weight_decay=(0, ma
 def resolve_config(
     config: dict, # Hyper-parameters; names unknown to training are left to the architecture
     settings: TrainSettings = TrainSettings(),
+    task: str = 'classification', # The data set's
 ) -> dict[str, Any]: # Every hyper-parameter of training
     "Fill in defaults and check each value; raises `InputError`"
     shared = dict(schedule=settings.schedule, augment=settings.augment, label_smoothing=settings.label_smoothing)
@@ -67,6 +68,8 @@ def resolve_config(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high or value == low and name == 'learning_rate':
             raise InputError(f'{name} must be a number in [{low}, {high}), got {value!r}')
     if full['batch_size'] != int(full['batch_size']): raise InputError(f'batch_size must be a whole number, got {full["batch_size"]}')
+    if task == 'regression' and full['label_smoothing']:
+        raise InputError(f'label_smoothing must be 0 for a regression, got {full["label_smoothing"]!r}: only classes can be smoothed')
     return full
 
 # %% ../nbs/20_training.ipynb #20training00b
@@ -138,9 +141,9 @@ def batch_indices(
 class TrainResult:
     "A finished training; the model was trained in place"
     status: str           # 'ok' or 'diverged'
-    curve: list[dict]     # Per epoch: epoch, train_loss, val_loss, val_accuracy, gradient_norm, seconds
+    curve: list[dict]     # Per epoch: epoch, train_loss, val_loss, val_score, gradient_norm, seconds
     val_loss: float       # On the whole validation part after the last epoch; NaN when diverged
-    val_accuracy: float   # 1/n_classes when diverged
+    val_score: float      # Accuracy or R²; that of chance when diverged
     train_samples: int    # Samples processed by forward and backward passes
     forward_samples: int  # Samples processed by forward passes alone
     seconds: float        # Wall clock
@@ -156,15 +159,15 @@ class Trainer:
         settings: TrainSettings = TrainSettings(),
         seed: int = 0, # The study's seed
     ):
-        self.config, self.settings, self.seed = resolve_config(config, settings), settings, seed
+        self.config, self.settings, self.seed = resolve_config(config, settings, split.dataset.task), settings, seed
         self.device = resolve_device(settings.device)
         self.model = model.to(self.device)
         if split.dataset.is_image: self.model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, self.config)
         self.split = split
-        self.x, self.y = (t.to(self.device) for t in split.inputs('train', indices))
+        self.x, self.y = (t.to(self.device) for t in split.samples('train', indices))
         mixed = sample_order(split.val_y, 'stratified', seed) # so that the first n are a fair sample
-        self.val_x, self.val_y = (t.to(self.device) for t in split.inputs('val', mixed))
+        self.val_x, self.val_y = (t.to(self.device) for t in split.samples('val', mixed))
         self.epoch, self.step = 0, 0
         self.n_steps = settings.n_epochs*len(batch_indices(len(self.x), int(self.config['batch_size']), torch.Generator()))
 
@@ -185,7 +188,7 @@ def isolated(
 
 # %% ../nbs/20_training.ipynb #20training01f
 @patch
-def run_epoch(self: Trainer) -> dict: # epoch, train_loss, val_loss, val_accuracy, gradient_norm, seconds
+def run_epoch(self: Trainer) -> dict: # epoch, train_loss, val_loss, val_score, gradient_norm, seconds
     "Train for one epoch and validate on the curve's samples"
     start, n = time.perf_counter(), len(self.x)
     generator = torch.Generator().manual_seed(derive_seed(self.seed, 'order', self.epoch))
@@ -200,20 +203,20 @@ def run_epoch(self: Trainer) -> dict: # epoch, train_loss, val_loss, val_accurac
         scores = self.validate(self.settings.n_curve_samples)
     train_loss, gradient_norm = totals.tolist()
     self.epoch += 1
-    return dict(epoch=self.epoch, train_loss=train_loss, val_loss=scores['loss'], val_accuracy=scores['accuracy'],
+    return dict(epoch=self.epoch, train_loss=train_loss, val_loss=scores['loss'], val_score=scores[self.split.dataset.metric],
                 gradient_norm=gradient_norm, seconds=time.perf_counter()-start)
 
 # %% ../nbs/20_training.ipynb #20training021
 @patch
 def _step(self: Trainer,
     x: Tensor, # Normalised batch
-    y: Tensor, # (n,) classes
+    y: Tensor, # (n,) classes, or standardised targets
 ) -> Tensor: # (2,): the batch's mean loss and gradient norm
     "One optimiser step"
     factor = learning_rate_factor(self.config['schedule'], self.step, self.n_steps)
     for group in self.optimizer.param_groups: group['lr'] = self.config['learning_rate']*factor
     with torch.autocast('cuda', torch.bfloat16, enabled=x.is_cuda):
-        loss = F.cross_entropy(self.model(x).float(), y, label_smoothing=self.config['label_smoothing'])
+        loss = task_loss(self.model(x).float(), y, self.config['label_smoothing'])
     self.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -224,7 +227,7 @@ def _step(self: Trainer,
 @patch
 def validate(self: Trainer,
     n: int|None = None, # The first `n` validation samples, or all of them
-) -> dict[str, float]: # loss, accuracy …
+) -> dict[str, float]: # loss, accuracy or r2 …
     "Score the model on the validation part"
     return evaluate(self.model, network_input(self.split, self.val_x[:n]), self.val_y[:n])
 
@@ -246,8 +249,8 @@ def train(
         else: status = 'diverged'
         if on_epoch: on_epoch(row)
     n_val = len(trainer.val_y)
-    scores = dict(loss=math.nan, accuracy=1/split.dataset.n_classes)
+    metric, scores = split.dataset.metric, {'loss': math.nan, split.dataset.metric: split.dataset.chance_score}
     if status == 'ok':
         with isolated(0, trainer.device, settings.n_threads): scores = trainer.validate()
-    return TrainResult(status, curve, scores['loss'], scores['accuracy'], trainer.epoch*len(indices),
+    return TrainResult(status, curve, scores['loss'], scores[metric], trainer.epoch*len(indices),
                        trainer.epoch*min(settings.n_curve_samples, n_val) + n_val, time.perf_counter()-start)

@@ -17,8 +17,9 @@ from .core import InputError
 from .models import evaluating
 
 # %% auto #0
-__all__ = ['Batch', 'call_model', 'mean_cross_entropy', 'check_loss', 'make_batches', 'scalar_loss', 'check_is_mean', 'Totals',
-           'evaluate_batches', 'evaluate', 'differentiable', 'recalibrate_batchnorm']
+__all__ = ['Batch', 'call_model', 'mean_cross_entropy', 'mean_squared_error', 'mean_loss', 'task_loss', 'check_loss',
+           'make_batches', 'scalar_loss', 'check_is_mean', 'Totals', 'evaluate_batches', 'evaluate', 'differentiable',
+           'recalibrate_batchnorm']
 
 # %% ../nbs/12_batches.ipynb #12batches005
 class Batch(NamedTuple):
@@ -68,15 +69,41 @@ def mean_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor: # Scalar
     few = outputs.ndim == 2 and outputs.shape[1] <= 32 and targets.ndim == 1 and outputs.device.type == 'cpu'
     return F.cross_entropy(outputs.T.contiguous()[None], targets[None]) if few else F.cross_entropy(outputs, targets)
 
-def check_loss(loss_fn: Callable|None) -> Callable: # The loss to use: cross-entropy for None
+def _is_real(targets: Any) -> bool:
+    "One real number a sample?"
+    return isinstance(targets, Tensor) and targets.ndim == 1 and targets.is_floating_point()
+
+def mean_squared_error(
+    outputs: Tensor, # (n, 1)
+    targets: Tensor, # (n,)
+) -> Tensor: # Scalar
+    "The mean squared error; `InputError` for shapes that would be broadcast"
+    if outputs.shape != (len(targets), 1) or targets.ndim != 1:
+        raise InputError(f'a regression needs outputs (n, 1) and targets (n,), got {tuple(outputs.shape)} and {tuple(targets.shape)}')
+    return F.mse_loss(outputs[:, 0], targets.to(outputs.dtype))
+
+# %% ../nbs/12_batches.ipynb #12batches009
+def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor: # Scalar
+    "What is evaluated by default: the mean squared error of real targets (n,), else cross-entropy"
+    return (mean_squared_error if _is_real(targets) else mean_cross_entropy)(outputs, targets)
+
+def task_loss(
+    outputs: Tensor, # (n, c), or (n, 1) for a regression
+    targets: Tensor, # (n,) classes, or real targets
+    label_smoothing: float=0.0, # Of classes only
+) -> Tensor: # Scalar
+    "What training minimises"
+    return mean_squared_error(outputs, targets) if _is_real(targets) else F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+
+def check_loss(loss_fn: Callable|None) -> Callable: # The loss to use: `mean_loss` for None
     "Refuse a loss that is not callable or says that it does not average over its batch"
-    if loss_fn is None: return mean_cross_entropy
+    if loss_fn is None: return mean_loss
     if not callable(loss_fn): raise InputError(f'loss_fn must be callable as loss_fn(outputs, targets), got {loss_fn!r}')
     reduction = getattr(loss_fn, 'reduction', 'mean')
     if reduction not in ('mean', 'batchmean'): raise InputError(f"loss_fn must average over its batch, got reduction={reduction!r}: use reduction='mean'")
     return loss_fn
 
-# %% ../nbs/12_batches.ipynb #12batches009
+# %% ../nbs/12_batches.ipynb #12batches00b
 def _prepare(model: nn.Module, inputs: Any) -> Any:
     "Inputs on the model's device, in its floating-point type, images channels last"
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -95,7 +122,7 @@ def _pairs(x: Any, y: Any, batch_size: int|None) -> Iterator[tuple[Any, Any]]:
         part = slice(start, start+(batch_size or n))
         yield _tree_map(lambda t: t[part], x), _tree_map(lambda t: t[part], y)
 
-# %% ../nbs/12_batches.ipynb #12batches00b
+# %% ../nbs/12_batches.ipynb #12batches00d
 def _auto_batch_size(model: nn.Module, x: Any, y: Any) -> int:
     "Samples whose largest activation fits a CPU's cache"
     if y is None and not isinstance(x, (Tensor, tuple, dict)) or len(_first_tensor(x)) < 2: return 128
@@ -110,12 +137,12 @@ def _auto_batch_size(model: nn.Module, x: Any, y: Any) -> int:
     room = 2**20 if parameter is None or parameter.device.type == 'cpu' else 2**27
     return max(16, min(1024, room//largest))
 
-# %% ../nbs/12_batches.ipynb #12batches00c
+# %% ../nbs/12_batches.ipynb #12batches00e
 def make_batches(
     model: nn.Module, # Says device and floating-point type
     x: Any, # Inputs; or, without `y`, an iterable of (inputs, targets) pairs such as a DataLoader, read once
     y: Any = None, # Targets (n, ...)
-    loss_fn: Callable|None = None, # Mean loss of a batch, default cross-entropy
+    loss_fn: Callable|None = None, # Mean loss of a batch, default `mean_loss`
     batch_size: int|str|None = 'auto', # Samples per micro-batch; None for all at once; 'auto' by the size of the activations
 ) -> list[Batch]: # At least one batch with at least one sample
     "Cut samples into batches on the model's device, each with its weight in the mean"
@@ -133,19 +160,19 @@ def make_batches(
     if not any(b.weight for b in batches): raise InputError('the loss must count at least one sample, but it ignores all targets')
     return batches
 
-# %% ../nbs/12_batches.ipynb #12batches00f
+# %% ../nbs/12_batches.ipynb #12batches011
 def scalar_loss(loss: Any) -> Tensor:
     "The loss, or an error if it is not a single number"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise InputError(f'loss_fn must return one number per batch, got {tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}')
     return loss.reshape(())
 
-# %% ../nbs/12_batches.ipynb #12batches011
+# %% ../nbs/12_batches.ipynb #12batches013
 @torch.no_grad()
 def check_is_mean(loss_fn: Callable, outputs: Any, batch: Batch, loss: Tensor) -> None:
     "Refuse a loss that is a sum over its batch, or a coupled one if the batch was cut"
     half, n = batch.size//2, batch.size
-    if loss_fn is mean_cross_entropy or isinstance(loss_fn, nn.modules.loss._Loss) or not half: return
+    if loss_fn in (mean_loss, mean_cross_entropy, mean_squared_error) or isinstance(loss_fn, nn.modules.loss._Loss) or not half: return
     if any(len(_first_tensor(t)) != n for t in (outputs, batch.targets) if t is not None): return
     halves = [_tree_map(lambda t: t[part], (outputs, batch.targets)) for part in (slice(None, half), slice(half, None))]
     (first, second), whole = (float(scalar_loss(loss_fn(*h))) for h in halves), float(loss)
@@ -154,7 +181,7 @@ def check_is_mean(loss_fn: Callable, outputs: Any, batch: Batch, loss: Tensor) -
     if close(first+second): raise InputError('loss_fn must average over its batch, but this one adds up: divide it by the number of samples')
     if batch.cut: raise InputError('loss_fn must be a mean over samples to be computed in micro-batches: pass batch_size=None or batches of your own')
 
-# %% ../nbs/12_batches.ipynb #12batches012
+# %% ../nbs/12_batches.ipynb #12batches014
 def _is_classification(outputs: Any, targets: Any) -> bool:
     "Logits (n, c) and integer classes (n,)?"
     return (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim == 2 and targets.ndim == 1
@@ -172,33 +199,56 @@ def _class_sums(outputs: Tensor, targets: Tensor) -> Tensor: # (4,): samples, co
     count = torch.tensor(float(len(targets)), dtype=torch.double, device=outputs.device)
     return torch.stack([count, correct.sum().double(), (own-other).double().sum(), confidence.double().sum()])
 
-# %% ../nbs/12_batches.ipynb #12batches013
+# %% ../nbs/12_batches.ipynb #12batches015
+def _fit_sums(outputs: Tensor, targets: Tensor) -> Tensor: # (4,): samples, squared errors, mean of the targets, their squared deviations
+    "What R² is made of; the first target is taken off, so that constant ones deviate by 0 exactly"
+    targets = targets.double()
+    shifted = targets-targets[0]
+    count = torch.full((), len(targets), dtype=torch.double, device=targets.device)
+    errors, spread = (outputs[:, 0].double()-targets).square().sum(), (shifted-shifted.mean()).square().sum()
+    return torch.stack([count, errors, targets[0]+shifted.mean(), spread])
+
+def _pool_fits(a: Tensor|None, b: Tensor) -> Tensor: # (4,)
+    "The sums over two groups together"
+    if a is None: return b
+    count, step = a[0]+b[0], b[2]-a[2]
+    return torch.stack([count, a[1]+b[1], a[2]+step*b[0]/count, a[3]+b[3]+step**2*a[0]*b[0]/count])
+
+# %% ../nbs/12_batches.ipynb #12batches016
 class Totals:
     "Adds up batches and gives the means"
-    def __init__(self) -> None: self.loss, self.weight, self.classes = 0., 0., 0.
+    def __init__(self,
+        loss_fn: Callable|None = None, # From `check_loss`; R² belongs to the mean squared error
+    ) -> None:
+        self.loss, self.weight, self.classes, self.fit, self.has_r2 = 0., 0., 0., None, loss_fn in (mean_loss, mean_squared_error)
 
     def add(self, batch: Batch, outputs: Any, loss: Tensor) -> None:
         "Count one batch"
         self.weight += batch.weight
         if batch.weight: self.loss += batch.weight*(loss.detach().double() if loss.is_cuda else float(loss.detach()))
         if _is_classification(outputs, batch.targets): self.classes = self.classes+_class_sums(outputs.detach(), batch.targets)
+        elif self.has_r2 and isinstance(outputs, Tensor) and _is_real(batch.targets): self.fit = _pool_fits(self.fit, _fit_sums(outputs.detach(), batch.targets))
 
     def means(self) -> dict[str, float]:
-        "Loss and, for a classifier, accuracy, margin and confidence"
+        "Loss and, for a classifier, accuracy, margin and confidence; for a regression, r2"
         result = dict(loss=float(self.loss)/self.weight if self.weight else float('nan'))
+        if self.fit is not None:
+            _, errors, _, spread = self.fit.tolist()
+            return result | dict(r2=1-errors/spread if spread else float('nan'))
         if isinstance(self.classes, float): return result
         count, *sums = self.classes.tolist()
         return result | {k: s/count if count else float('nan') for k, s in zip(('accuracy', 'margin', 'confidence'), sums)}
 
-# %% ../nbs/12_batches.ipynb #12batches014
+# %% ../nbs/12_batches.ipynb #12batches017
 def evaluate_batches(
     model: nn.Module, # Any module
     batches: Iterable[Batch], # From `make_batches`
-    loss_fn: Callable|None = None, # Mean loss of a batch, default cross-entropy
+    loss_fn: Callable|None = None, # Mean loss of a batch, default `mean_loss`
     check: bool = False, # Find out on the first batch whether the loss is a mean
-) -> dict[str, float]: # loss and, for a classifier, accuracy, margin, confidence
+) -> dict[str, float]: # loss and, for a classifier, accuracy, margin, confidence; for a regression, r2
     "`evaluate` for batches made once and used many times"
-    loss_fn, totals = check_loss(loss_fn), Totals()
+    loss_fn = check_loss(loss_fn)
+    totals = Totals(loss_fn)
     with evaluating(model), torch.no_grad():
         for i, batch in enumerate(batches):
             outputs = call_model(model, batch.inputs)
@@ -207,18 +257,18 @@ def evaluate_batches(
             totals.add(batch, outputs, loss)
     return totals.means()
 
-# %% ../nbs/12_batches.ipynb #12batches015
+# %% ../nbs/12_batches.ipynb #12batches018
 def evaluate(
     model: nn.Module, # Any module; its mode and weights are left alone
     x: Any, # Normalised inputs (n, ...), a tuple or dict of such, or a loader of (inputs, targets)
-    y: Any = None, # Classes (n,) or other targets
-    loss_fn: Callable|None = None, # Mean loss of a batch, default cross-entropy
+    y: Any = None, # Classes (n,), real targets (n,), or others
+    loss_fn: Callable|None = None, # Mean loss of a batch, default `mean_loss`
     batch_size: int|str|None = 'auto', # Samples per micro-batch; None for all at once
-) -> dict[str, float]: # loss and, for a classifier, accuracy, margin, confidence
+) -> dict[str, float]: # loss and, for a classifier, accuracy, margin, confidence; for a regression, r2
     "Sample-weighted means in evaluation mode; costs one forward pass per sample"
     return evaluate_batches(model, make_batches(model, x, y, loss_fn, batch_size), loss_fn, check=True)
 
-# %% ../nbs/12_batches.ipynb #12batches019
+# %% ../nbs/12_batches.ipynb #12batches01e
 class _PlainWeightNorm(TorchFunctionMode):
     "Computes weight normalisation by its formula, g v / ‖v‖, instead of by the fused function"
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict|None = None) -> Any:
@@ -231,7 +281,7 @@ def _has_weight_norm(model: nn.Module) -> bool:
     hooks = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
     return any(type(m).__name__ == '_WeightNorm' for m in model.modules()) or any(type(h).__name__ == 'WeightNorm' for h in hooks)
 
-# %% ../nbs/12_batches.ipynb #12batches01a
+# %% ../nbs/12_batches.ipynb #12batches01f
 @contextlib.contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     "Evaluation mode in which first and second derivatives exist: attention by plain matrix products, recurrence without cuDNN or oneDNN"
@@ -245,7 +295,7 @@ def differentiable(model: nn.Module) -> Iterator[None]:
         if recurrent: stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yield
 
-# %% ../nbs/12_batches.ipynb #12batches01d
+# %% ../nbs/12_batches.ipynb #12batches022
 def _tracked_batchnorms(model: nn.Module) -> list[_BatchNorm]:
     "The BatchNorm layers that hold running statistics"
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
@@ -257,7 +307,7 @@ def _pooled(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     variance = sum(n*(v+(m-mean)**2) for n, m, v in parts)/max(count-1, 1)
     return mean, variance
 
-# %% ../nbs/12_batches.ipynb #12batches01e
+# %% ../nbs/12_batches.ipynb #12batches023
 @torch.no_grad()
 def recalibrate_batchnorm(
     model: nn.Module, # Its running statistics are replaced, unless it has none

@@ -36,6 +36,7 @@ def _add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument('--schedule', default='one_cycle', help='of the learning rate: one_cycle, cosine or constant')
     p.add_argument('--augment', default='none', help='none, flip or flip_crop')
     p.add_argument('--device', default='auto', help='cpu, cuda, or auto')
+    p.add_argument('--population', help='auto, stack or alone: which probes train together; by default auto on a GPU and alone on a CPU')
     p.add_argument('--jobs', type=int, help='probes at once; by default one per core')
     p.add_argument('--wait', action='store_true', help='wait while another process drives this study')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
@@ -62,7 +63,7 @@ def _settings(args: argparse.Namespace):
     from llprobe.training import TrainSettings
     train = TrainSettings(n_epochs=args.epochs, schedule=args.schedule, augment=args.augment, device=args.device)
     probe = ProbeSettings(architecture=args.architecture, strategy=args.strategy, train=train)
-    return StudySettings(tuple(args.levels), args.configs, args.design, args.promote, args.seed, probe)
+    return StudySettings(tuple(args.levels), args.configs, args.design, args.promote, args.seed, probe, args.population)
 
 def _space(args: argparse.Namespace):
     "The space that the arguments name; None leaves it to the data set"
@@ -99,13 +100,17 @@ def _print_table(result: dict, seconds: float) -> None:
 # %% ../nbs/90_cli.ipynb #90cli00b
 def status(args: argparse.Namespace) -> None:
     "Show how far a study is"
+    from llprobe.core import METRICS, show_score
     from llprobe.store import open_store
     with open_store(args.out/'study.db', create=False, read_only=True) as store:
         for name in store.studies()['name']:
-            frame = store.probe_frame(name)
+            frame, metric = store.probe_frame(name), store.study(name)['metric']
             print(f'{name}: {len(store.configs(name))} configs, {"finished" if (frame["purpose"] == "final").any() else "not finished"}')
-            if len(frame): print(frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()),
-                                 best=('val_accuracy', 'max'), seconds=('seconds', 'sum')).round(4).to_string())
+            if not len(frame): continue
+            table = frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()),
+                                                            best=('val_score', 'max'), seconds=('seconds', 'sum'))
+            table['best'] = [show_score(score, metric) for score in table['best']]
+            print(table.rename(columns=dict(best=f'best {METRICS[metric]}')).round(1).to_string())
 
 # %% ../nbs/90_cli.ipynb #90cli00c
 def report(args: argparse.Namespace) -> None:
@@ -114,8 +119,8 @@ def report(args: argparse.Namespace) -> None:
 
 def datasets(args: argparse.Namespace) -> None:
     "List the data sets known by name"
-    from llprobe.data import DATASETS
-    print('\n'.join(DATASETS))
+    from llprobe.data import DATASETS, REGRESSIONS
+    print('\n'.join(f'{name} (regression)' if name in REGRESSIONS else name for name in DATASETS))
     print('\nor a folder of images: train/<class>/* and test/<class>/*, or <class>/*\n$LLPROBE_DATA/<name>/ in that layout comes before any download')
 
 # %% ../nbs/90_cli.ipynb #90cli00e

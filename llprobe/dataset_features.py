@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib, math, warnings
 import numpy as np
 from .core import derive_seed
-from .data import Split, stratified_mask
+from .data import Split, strata, stratified_mask
 from .sampler import flat_inputs, sample_order
 
 # %% auto #0
@@ -41,6 +41,21 @@ def _landmarks(z: np.ndarray, y: np.ndarray, is_fitted: np.ndarray) -> dict[str,
     return accuracy
 
 # %% ../nbs/03_dataset_features.ipynb #03datasetfea00e
+def _target_features(z: np.ndarray, y: np.ndarray, is_fitted: np.ndarray) -> dict[str, float]:
+    "Skewness of the target, and R² on the samples that were not fitted"
+    from scipy.stats import skew
+    from sklearn.linear_model import RidgeCV
+    from sklearn.metrics import r2_score
+    from sklearn.neighbors import KNeighborsRegressor
+    y = y.astype(np.float64)
+    y, features = (y-y.mean())/max(y.std(), 1e-300), dict(target_skew=float(np.nan_to_num(skew(y))))
+    models = dict(neighbours=KNeighborsRegressor(min(5, int(is_fitted.sum()))), ridge=RidgeCV(np.logspace(-3, 3, 7)))
+    for name, model in models.items():
+        r2 = r2_score(y[~is_fitted], model.fit(z[is_fitted], y[is_fitted]).predict(z[~is_fitted])) if is_fitted.sum() > 1 else 0
+        features[f'landmark_{name}_r2'] = float(np.clip(np.nan_to_num(r2), 0, 1))
+    return features
+
+# %% ../nbs/03_dataset_features.ipynb #03datasetfea011
 def data_features(
     split: Split,
     seed: int=0, # Draws the subsample
@@ -50,15 +65,18 @@ def data_features(
     from sklearn.decomposition import PCA
     x, y = split.dataset.train_x, split.train_y
     chosen = sample_order(y, 'stratified', derive_seed(seed, 'data features'))[:n_samples]
-    flat, labels = flat_inputs(x[split.train[chosen]]), y[chosen].numpy()
+    flat, targets = flat_inputs(x[split.train[chosen]]), y[chosen]
     shape, scale = split.dataset.input_shape, 255 if split.dataset.is_image else 1
     with np.errstate(invalid='ignore'): pca = PCA(svd_solver='covariance_eigh').fit(flat.astype(np.float64))
     explained = np.nan_to_num(np.cumsum(pca.explained_variance_ratio_))
     z = pca.transform(flat)[:, :64]
+    half = stratified_mask(strata(targets).numpy(), len(targets)//2, np.random.default_rng(derive_seed(seed, 'landmarks')))
     return dict(
-        log_n_train=math.log(len(y)), n_classes=float(split.dataset.n_classes), log_n_inputs=math.log(math.prod(shape)),
-        n_channels=float(shape[0]) if split.dataset.is_image else 0., class_entropy=_class_entropy(y.numpy()),
+        log_n_train=math.log(len(y)), log_n_inputs=math.log(math.prod(shape)), n_channels=float(shape[0]) if split.dataset.is_image else 0.,
         input_mean=float(flat.mean()), input_std=float(flat.std()),
         pca_share=float((explained < 0.95).sum()+1)/flat.shape[1] if explained[-1] > 0 else 0.,
-        fisher_ratio=_fisher_ratio(z, labels),
-        **_landmarks(z, labels, stratified_mask(labels, len(labels)//2, np.random.default_rng(derive_seed(seed, 'landmarks')))))
+        **(_class_features(y.numpy(), z, targets.numpy(), half) if split.dataset.classes else _target_features(z, targets.numpy(), half)))
+
+def _class_features(y: np.ndarray, z: np.ndarray, labels: np.ndarray, is_fitted: np.ndarray) -> dict[str, float]:
+    "What only a classification has: of all labels, then of the subsample"
+    return dict(n_classes=float(len(np.unique(y))), class_entropy=_class_entropy(y), fisher_ratio=_fisher_ratio(z, labels)) | _landmarks(z, labels, is_fitted)

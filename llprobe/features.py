@@ -20,13 +20,13 @@ def curve_features(
 ) -> dict[str, float]: # Empty for an empty curve
     "Summarise a curve"
     if not curve: return {}
-    column = {name: np.array([row[name] for row in curve], float) for name in ('train_loss', 'val_loss', 'val_accuracy', 'gradient_norm')}
-    half = column['val_loss'][len(curve)//2:]
+    column = {name: np.array([row[name] for row in curve], float) for name in ('train_loss', 'val_loss', 'val_score', 'gradient_norm')}
+    half, scores = column['val_loss'][len(curve)//2:], column['val_score'].clip(-1)
     return dict(
         curve_train_loss=column['train_loss'][-1], curve_train_loss_sum=column['train_loss'].sum(),
         curve_val_loss=column['val_loss'][-1], curve_val_loss_slope=(half[-1]-half[0])/max(1, len(half)-1),
         curve_gap=column['val_loss'][-1]-column['train_loss'][-1],
-        curve_val_accuracy=column['val_accuracy'][-1], curve_val_accuracy_early=column['val_accuracy'][(len(curve)-1)//4],
+        curve_val_score=scores[-1], curve_val_score_early=scores[(len(curve)-1)//4],
         curve_log_gradient_norm=math.log(column['gradient_norm'][-1]+1e-12))
 
 # %% ../nbs/50_features.ipynb #50features008
@@ -38,14 +38,14 @@ def response_features(
     "Mean change of loss and accuracy for each kind, radius and sample"
     if not responses: return {}
     rows = pd.DataFrame(responses)
-    scores = ['loss', 'accuracy']
+    scores = [name for name in ('loss', 'accuracy') if name in rows and rows[name].notna().any()]
     base = rows[rows.radius == 0].groupby('sample')[scores].mean()
     means = rows[rows.radius > 0].groupby(['kind', 'radius', 'sample'])[scores].mean()
     features = {}
     for (kind, radius, sample), row in means.iterrows():
         change = row-base.loc[sample]
         features[f'response_{kind}_{radius:g}_{sample}_loss'] = _signed_log(change.loss)
-        features[f'response_{kind}_{radius:g}_{sample}_accuracy'] = change.accuracy
+        if 'accuracy' in change: features[f'response_{kind}_{radius:g}_{sample}_accuracy'] = change.accuracy
     return features
 
 # %% ../nbs/50_features.ipynb #50features00b
@@ -53,13 +53,13 @@ def feature_frame(
     records: Iterable[dict], # Probe records, as `store.Store.probes` gives them
     space: SearchSpace, # Encodes the hyper-parameters
     data_features: dict[str, float]|None = None, # The data set's; the same in each row
-) -> pd.DataFrame: # Columns config_id, level, purpose, status, val_accuracy, then features; rows in the records' order
+) -> pd.DataFrame: # Columns config_id, level, purpose, status, val_score, then features; rows in the records' order
     "One row a record; what a record lacks is NaN"
     records = list(records)
     encoded = space.encode([r['config'] for r in records])
     rows = []
     for record, values in zip(records, encoded):
-        row = {name: record[name] for name in ('config_id', 'level', 'purpose', 'status', 'val_accuracy')}
+        row = {name: record[name] for name in ('config_id', 'level', 'purpose', 'status', 'val_score')}
         row |= {f'hp_{name}': value for name, value in zip(space.encoded_names, values)}
         row |= curve_features(record['curve']) | response_features(record['responses'])
         rows.append(row | {f'data_{name}': value for name, value in (data_features or {}).items()})

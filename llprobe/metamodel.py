@@ -20,36 +20,37 @@ class MetaModel(Protocol):
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame: ...
 
 # %% auto #0
-__all__ = ['MetaModel', 'log_odds_error', 'accuracy_at', 'level_pairs', 'PowerLawModel']
+__all__ = ['MetaModel', 'log_odds_error', 'score_at', 'level_pairs', 'PowerLawModel']
 
 # %% ../nbs/51_metamodel.ipynb #51metamodel005
 def log_odds_error(
-    accuracy: np.ndarray, # In [0, 1]
+    score: np.ndarray, # Accuracy, or R²; at most 1
     n_samples: int, # Validation samples behind it
-    n_classes: int, # Chance is right once in so many
+    chance: float, # Score of chance: 1/n_classes of an accuracy, 0 of R²
 ) -> tuple[np.ndarray, np.ndarray]: # z, its variance
     "The error on the scale on which learning curves are lines"
-    chance, margin = 1-1/n_classes, 0.5/n_samples
-    error = (1-np.asarray(accuracy, float)).clip(margin, chance-margin)
-    slope = 1/error+1/(chance-error)
-    return np.log(error/(chance-error)), slope**2*error*(1-error)/n_samples
+    worst, margin = 1-chance, 0.5/n_samples
+    error = (1-np.asarray(score, float)).clip(margin, worst-margin)
+    slope = 1/error+1/(worst-error)
+    variance = error*(1-error) if chance else 4*(1-error)*error**2 # times n: binomial, or of R²
+    return np.log(error/(worst-error)), slope**2*variance/n_samples
 
-def accuracy_at(
+def score_at(
     z: np.ndarray, # From `log_odds_error`
-    n_classes: int,
+    chance: float, # Likewise
 ) -> np.ndarray: # Between chance and 1
     "The inverse of `log_odds_error`"
-    return 1-(1-1/n_classes)*expit(z)
+    return 1-(1-chance)*expit(z)
 
 # %% ../nbs/51_metamodel.ipynb #51metamodel008
 def level_pairs(
     frame: pd.DataFrame, # From `features.feature_frame`; trainings that went well
     n_samples: int, # Validation samples
-    n_classes: int,
+    chance: float, # Score of chance
 ) -> pd.DataFrame: # Columns row (position of the lower level's row), exponent, variance
     "The exponent each config shows between neighbouring levels"
     frame = frame.reset_index(drop=True)
-    z, variance = log_odds_error(frame.val_accuracy, n_samples, n_classes)
+    z, variance = log_odds_error(frame.val_score, n_samples, chance)
     pairs = []
     for _, rows in frame.sort_values('level').groupby('config_id', sort=False):
         for low, high in zip(rows.index[:-1], rows.index[1:]):
@@ -61,20 +62,20 @@ def level_pairs(
 class PowerLawModel:
     "Extrapolate each config's error to level 1 along a line whose slope is learnt from probes"
     def __init__(self,
-        n_samples: int, # Validation samples behind each accuracy
-        n_classes: int, # A diverged config scores 1/n_classes
+        n_samples: int, # Validation samples behind each score
+        chance: float, # Score of a diverged config: 1/n_classes of accuracies, 0 of R²
         families: Sequence[str] = FAMILIES, # Which features may be used
         prior: tuple[float, float] = (0.3, 0.2), # Mean and deviation of an exponent before any pair was seen
         min_pairs: int = 4, # Fewer than this, and the prior is used alone
     ):
-        self.n_samples, self.n_classes, self.families, self.prior, self.min_pairs = n_samples, n_classes, families, prior, min_pairs
+        self.n_samples, self.chance, self.families, self.prior, self.min_pairs = n_samples, chance, families, prior, min_pairs
 
     def fit(self,
         frame: pd.DataFrame, # From `features.feature_frame`: everything known by now
     ) -> PowerLawModel:
         "Learn exponents from the configs that were probed at two levels or more"
         frame = frame[frame.status == 'ok'].reset_index(drop=True)
-        pairs = level_pairs(frame, self.n_samples, self.n_classes)
+        pairs = level_pairs(frame, self.n_samples, self.chance)
         self.columns, self.regressor, self.spread = feature_columns(frame, self.families), None, self.prior
         if len(pairs) < self.min_pairs: return self
         weight = 1/(pairs.variance+pairs.variance.median()) # no single pair may decide alone
@@ -100,15 +101,15 @@ def _exponents(self: PowerLawModel,
 @patch
 def predict(self: PowerLawModel,
     frame: pd.DataFrame, # From `features.feature_frame`
-) -> pd.DataFrame: # By config_id in order of appearance: mean, std (accuracy at level 1), level, exponent
-    "Predict each config's accuracy at level 1 from its highest level"
+) -> pd.DataFrame: # By config_id in order of appearance: mean, std (score at level 1), level, exponent
+    "Predict each config's score at level 1 from its highest level"
     top = frame.loc[frame.groupby('config_id', sort=False)['level'].idxmax()]
-    z, variance = log_odds_error(top.val_accuracy.to_numpy(), self.n_samples, self.n_classes)
+    z, variance = log_odds_error(top.val_score.to_numpy(), self.n_samples, self.chance)
     exponent, deviation = self._exponents(top)
     distance = np.log(1/top.level.to_numpy())
     centre, width = z-exponent*distance, np.sqrt(variance+(deviation*distance)**2)
-    mean, low, high = (accuracy_at(z, self.n_classes) for z in (centre, centre+width, centre-width))
+    mean, low, high = (score_at(z, self.chance) for z in (centre, centre+width, centre-width))
     table = pd.DataFrame(dict(mean=mean, std=(high-low)/2, level=top.level.to_numpy(), exponent=exponent), index=pd.Index(top.config_id, name='config_id'))
     failed = (top.status != 'ok').to_numpy()
-    table.loc[failed, ['mean', 'std', 'exponent']] = 1/self.n_classes, 0.0, 0.0
+    table.loc[failed, ['mean', 'std', 'exponent']] = self.chance, 0.0, 0.0
     return table

@@ -47,6 +47,7 @@ def _check_number(name: str, value: Any) -> None:
 def resolve_config(
     config: dict, # Hyper-parameters; names unknown to training are left to the architecture
     shared: dict|None = None, # What a study uses where the config says nothing
+    task: str = 'classification', # The data set's
 ) -> dict[str, Any]: # Every hyper-parameter of training
     "Fill in defaults and check each value; raises `InputError`"
     full = DEFAULTS | (shared or {}) | config
@@ -55,6 +56,8 @@ def resolve_config(
     if full['warmup'] is None: full['warmup'] = 0.25 if full['schedule'] == 'one_cycle' else 0.0
     for name in (*_RANGES, *_POSITIVE): _check_number(name, full[name])
     if full['batch_size'] != int(full['batch_size']): raise InputError(f'batch_size must be a whole number, got {full["batch_size"]}')
+    if task == 'regression' and full['label_smoothing']:
+        raise InputError(f'label_smoothing must be 0 for a regression, got {full["label_smoothing"]!r}: only classes can be smoothed')
     return full | dict(batch_size=int(full['batch_size']))
 
 # %% ../nbs/21_optimization.ipynb #21optimizati00a

@@ -168,11 +168,12 @@ def move_weights(
 def loss_gradient(
     model: nn.Module, # Any module
     batches: Iterable[Batch], # From `make_batches`
-    loss_fn: Callable|None = None, # Mean loss of a batch, default cross-entropy
+    loss_fn: Callable|None = None, # Mean loss of a batch, default `batches.mean_loss`
     names: Iterable[str]|None = None, # Restrict to these parameters; None for all that require gradients
 ) -> tuple[dict[str, Tensor], dict[str, float]]: # Gradient by name; loss, accuracy, … as of `evaluate`
     "Gradient of the mean loss over all batches, with the evaluation that falls out of it"
-    loss_fn, parameters, totals = check_loss(loss_fn), free_parameters(model, names), Totals()
+    loss_fn, parameters = check_loss(loss_fn), free_parameters(model, names)
+    totals = Totals(loss_fn)
     gradient = {n: torch.zeros_like(p) for n, p in parameters.items()}
     with differentiable(model):
         for i, batch in enumerate(batches):
@@ -272,7 +273,7 @@ def loss_surface(
     model: nn.Module, # Any module with finite weights; left bit for bit as found
     x: Any, # Inputs, or a loader of (inputs, targets)
     y: Any = None, # Targets
-    loss_fn: Callable|None = None, # Mean loss of a batch, default cross-entropy
+    loss_fn: Callable|None = None, # Mean loss of a batch, default `batches.mean_loss`
     batch_size: int|str|None = 'auto', # Samples per micro-batch; None for all at once
     names: Iterable[str]|None = None, # Parameters that move; None for all that require gradients
     batchnorm: str = 'stale', # Or 'recalibrated' on the first sample after every move
@@ -324,7 +325,7 @@ def probe_responses(
     radii: Sequence[float] = (0.05, 0.1, 0.2, 0.4), # Relative to the filter norms
     n_directions: int = 4, # Independent Gaussian directions, each at every radius
     sam_radii: Sequence[float] = (0.05,), # Absolute lengths of the one-step ascent
-    loss_fn: Callable|None = None, # Mean loss of a batch, default cross-entropy
+    loss_fn: Callable|None = None, # Mean loss of a batch, default `batches.mean_loss`
     batch_size: int|str|None = 'auto', # Samples per micro-batch; None for all at once
     batchnorm: str = 'stale', # Or 'recalibrated' on 'train' at every point, at one more forward pass each
     ignore_bias_norm: bool = True, # Leave biases and normalisation layers out of the noise (never out of SAM)

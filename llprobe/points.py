@@ -156,7 +156,8 @@ def _visits(n_batches: int, n_points: int, by_batch: bool) -> Iterator[tuple[int
 # %% ../nbs/37_points.ipynb #37points012
 def _sequential(surface: LossSurface, directions: Sequence[dict[str, Tensor]], points: list[tuple[float, ...]], all_: bool) -> list[dict]:
     "Visit the points one after the other"
-    loss_fn, mover, totals = check_loss(surface.loss_fn), _Mover(surface, directions), [Totals() for _ in points]
+    loss_fn, mover = check_loss(surface.loss_fn), _Mover(surface, directions)
+    totals = [Totals(loss_fn) for _ in points]
     far, previous = max(points, key=lambda p: sum(a*a for a in p)), None
     with evaluating(surface.model), torch.no_grad():
         first = _find_first(surface, mover, far) if any(far) and mover.moved else None
@@ -200,7 +201,8 @@ def _run_stack(surface: LossSurface, weights: dict[str, Tensor], batch: Batch) -
 
 def _stacked(surface: LossSurface, directions: Sequence[dict[str, Tensor]], points: list[tuple[float, ...]], all_: bool) -> list[dict]:
     "Visit many points at once, or one after the other if the model cannot, or returns no tensor"
-    loss_fn, mover, totals = check_loss(surface.loss_fn), _Mover(surface, directions), [Totals() for _ in points]
+    loss_fn, mover = check_loss(surface.loss_fn), _Mover(surface, directions)
+    totals = [Totals(loss_fn) for _ in points]
     with evaluating(surface.model), torch.no_grad():
         size = _chunk_size(surface, mover)
         for start in range(0, len(points), size):

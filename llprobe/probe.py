@@ -6,7 +6,7 @@
 from __future__ import annotations
 import functools, math, time
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from .models import build_model
 from .perturbation import probe_responses
 from .sampler import sample_level, sample_order
 from .space import config_id
-from .training import TrainSettings, isolated, network_input, resolve_device, train
+from .stack import train_stack
+from .training import TrainResult, TrainSettings, isolated, network_input, resolve_device, train
 
 # %% auto #0
-__all__ = ['FORWARDS_PER_TRAIN_SAMPLE', 'ProbeSettings', 'ProbeTask', 'load_split', 'task_split', 'task_indices', 'run_probe',
-           'crashed_record', 'full_training_equivalents']
+__all__ = ['FORWARDS_PER_TRAIN_SAMPLE', 'ProbeSettings', 'ProbeTask', 'load_split', 'task_split', 'task_indices', 'train_tasks',
+           'run_probes', 'run_probe', 'crashed_record', 'full_training_equivalents']
 
 # %% ../nbs/40_probe.ipynb #40probe005
 @dataclass(frozen=True)
@@ -90,57 +91,78 @@ def _responses(
     chosen = dict(train=indices[:s.n_response_samples], val=sample_order(split.val_y, 'stratified', task.seed)[:s.n_response_samples])
     device, samples = resolve_device(s.train.device), {}
     for part, index in chosen.items():
-        x, y = (t.to(device) for t in split.inputs(part, index))
+        x, y = (t.to(device) for t in split.samples(part, index))
         samples[part] = network_input(split, x), y
     with isolated(0, device, s.train.n_threads):
-        return probe_responses(model, samples, task.seed, s.radii, s.n_directions, s.sam_radii)
+        rows, cost = probe_responses(model, samples, task.seed, s.radii, s.n_directions, s.sam_radii)
+    return [{name: value for name, value in row.items() if name != 'r2'} for row in rows], cost # on the same samples R² says what the loss says
 
 # %% ../nbs/40_probe.ipynb #40probe00c
-def run_probe(
-    task: ProbeTask,
-    on_epoch: Callable[[dict], None] | None = None, # Called with each new row of the curve
-) -> dict[str, Any]: # A record as `store.Store.add_probe` takes it; of a final one also `weights`: bytes
-    "Train, perturb, and write down what happened; raises `InputError` for a task that cannot run"
-    start, split, indices = time.perf_counter(), task_split(task), task_indices(task)
-    dataset, settings = split.dataset, task.settings.train
-    model = build_model(task.settings.architecture or 'simple_cnn', task.config, dataset.input_shape, dataset.n_classes, seed=task.seed)
-    result = train(model, task.config, split, indices, settings, task.seed, on_epoch, task.checkpoint)
-    record = dict(_head(task, len(indices)), status=result.status, val_accuracy=result.val_accuracy, val_loss=result.val_loss,
+def train_tasks(
+    tasks: Sequence[ProbeTask], # Of one data set, level, seed and settings
+    on_epoch: Callable[[dict], None] | None = None, # Called with each new row of the curve of a single task
+) -> list[tuple[torch.nn.Module, TrainResult]]:
+    "Build and train; several tasks as one stack"
+    first, split, indices = tasks[0], task_split(tasks[0]), task_indices(tasks[0])
+    s, dataset = first.settings, split.dataset
+    models = [build_model(s.architecture or 'simple_cnn', t.config, dataset.input_shape, dataset.n_outputs, seed=t.seed) for t in tasks]
+    if len(tasks) > 1: return list(zip(models, train_stack(models, [t.config for t in tasks], split, indices, s.train, first.seed)))
+    return [(models[0], train(models[0], first.config, split, indices, s.train, first.seed, on_epoch, first.checkpoint))]
+
+def _finish(task: ProbeTask, model: torch.nn.Module, result: TrainResult) -> dict[str, Any]:
+    "Perturb or test what was trained, and write the record"
+    start, indices, dataset = time.perf_counter(), task_indices(task), task_split(task).dataset
+    record = dict(_head(task, len(indices)), status=result.status, val_score=result.val_score, val_loss=result.val_loss,
                   train_samples=result.train_samples, forward_samples=float(result.forward_samples), curve=result.curve)
     if task.purpose == 'final':
-        test = _test(task, model) if result.status == 'ok' else dict(test_accuracy=1/dataset.n_classes, test_loss=math.nan)
+        test = _test(task, model) if result.status == 'ok' else dict(test_score=dataset.chance_score, test_loss=math.nan)
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         record |= dict(test, weights=safetensors.torch.save(state))
     elif result.status == 'ok':
         record['responses'], cost = _responses(task, model, indices)
         record['forward_samples'] += cost
-    return record | dict(seconds=time.perf_counter()-start)
+    return record | dict(seconds=result.seconds+time.perf_counter()-start)
 
 # %% ../nbs/40_probe.ipynb #40probe00d
+def run_probes(
+    tasks: Sequence[ProbeTask], # Of one data set, level, seed and settings
+) -> list[dict[str, Any]]: # Their records
+    "`run_probe` for several that are trained together"
+    return [_finish(task, *trained) for task, trained in zip(tasks, train_tasks(tasks))]
+
+def run_probe(
+    task: ProbeTask,
+    on_epoch: Callable[[dict], None] | None = None, # Called with each new row of the curve
+) -> dict[str, Any]: # A record as `store.Store.add_probe` takes it; of a final one also `weights`: bytes
+    "Train, perturb, and write down what happened; raises `InputError` for a task that cannot run"
+    [(model, result)] = train_tasks([task], on_epoch)
+    return _finish(task, model, result)
+
+# %% ../nbs/40_probe.ipynb #40probe00e
 def _head(task: ProbeTask, n_samples: int) -> dict[str, Any]:
     "The part of a record that is known before the training"
     return dict(config_id=config_id(task.config), config=task.config, level=task.level, seed=task.seed, purpose=task.purpose,
-                n_epochs=task.settings.train.n_epochs, n_samples=n_samples, test_accuracy=None, test_loss=None, error=None,
+                n_epochs=task.settings.train.n_epochs, n_samples=n_samples, test_score=None, test_loss=None, error=None,
                 curve=[], responses=[])
 
 def _test(task: ProbeTask, model: torch.nn.Module) -> dict[str, float]:
     "The one look at the test part"
     split, device = task_split(task), resolve_device(task.settings.train.device)
-    x, y = (t.to(device) for t in split.inputs('test'))
+    x, y = (t.to(device) for t in split.samples('test'))
     with isolated(0, device, task.settings.train.n_threads): scores = evaluate(model, network_input(split, x), y)
-    return dict(test_accuracy=scores['accuracy'], test_loss=scores['loss'])
+    return dict(test_score=scores[split.dataset.metric], test_loss=scores['loss'])
 
-# %% ../nbs/40_probe.ipynb #40probe00f
+# %% ../nbs/40_probe.ipynb #40probe010
 def crashed_record(
     task: ProbeTask,
     error: str, # What happened, in one line
 ) -> dict[str, Any]: # A record with the score of chance and no cost
     "What is recorded of a probe that could not finish"
-    split = task_split(task)
-    return dict(_head(task, len(task_indices(task))), status='crashed', val_accuracy=1/split.dataset.n_classes, val_loss=math.nan,
+    chance = task_split(task).dataset.chance_score
+    return dict(_head(task, len(task_indices(task))), status='crashed', val_score=chance, val_loss=math.nan,
                 train_samples=0, forward_samples=0.0, seconds=0.0, error=error)
 
-# %% ../nbs/40_probe.ipynb #40probe017
+# %% ../nbs/40_probe.ipynb #40probe018
 FORWARDS_PER_TRAIN_SAMPLE = 3 # One forward pass, and a backward pass of about two
 
 def full_training_equivalents(

@@ -4,12 +4,12 @@
 
 # %% ../nbs/80_report.ipynb #80report003
 from __future__ import annotations
-import base64, io, json
+import base64, functools, io, json
 from pathlib import Path
 from typing import Any, Iterator
 import jinja2, pandas as pd
 from matplotlib.figure import Figure
-from .core import InputError, atomic_path
+from .core import METRICS, InputError, atomic_path, score_key, show_score
 from .store import Store, open_store
 from .visualization import plot_cost, plot_curves, plot_levels, plot_predictions, plot_responses, save_figure
 
@@ -33,36 +33,36 @@ def study_figures(
     with open_store(Path(folder)/'study.db', read_only=True) as store:
         probes, responses, curves = (getattr(store, f'{kind}_frame')(result['study']) for kind in ('probe', 'response', 'curve'))
     low, best, seed = min(result['levels']), result['best_config_id'], f'{result["n_configs"]} configs, one seed ({result["seed"]})'
-    scores = probes[probes['level'] == low].set_index('config_id')['val_accuracy']
+    scores, metric, name = probes[probes['level'] == low].set_index('config_id')['val_score'], result['metric'], METRICS[result['metric']]
     table = pd.DataFrame(result['predictions']).drop(columns='config')
-    yield 'levels', f'Validation accuracy of each config against its level; {seed}.', plot_levels(probes, result), probes
-    yield 'predictions', f'Accuracy seen at each config\'s highest level and predicted at level 1; {seed}.', plot_predictions(result), table
-    yield 'responses', f'Validation loss under filter-normalised noise, mean over directions; {seed}.', plot_responses(responses, scores, low), responses
-    yield 'curves', f'Validation accuracy by epoch at level {low:g}; {seed}.', plot_curves(curves, low, best), curves
+    yield 'levels', f'Validation {name} of each config against its level; {seed}.', plot_levels(probes, result), probes
+    yield 'predictions', f'Validation {name} seen at each config\'s highest level and predicted at level 1; {seed}.', plot_predictions(result), table
+    yield 'responses', f'Validation loss under filter-normalised noise, mean over directions; {seed}.', plot_responses(responses, scores, low, metric=metric), responses
+    yield 'curves', f'Validation {name} by epoch at level {low:g}; {seed}.', plot_curves(curves, low, best, metric), curves
     yield 'cost', 'Cost in full-training equivalents, validation and perturbation charged.', plot_cost(result), pd.Series(result['cost']['fte'], name='fte').rename_axis('part').reset_index()
 
 # %% ../nbs/80_report.ipynb #80report007
 def read_runs(
     folder: str|Path, # With <level>/<seed>/result.json in it
-) -> pd.DataFrame: # One row a probe: level, seed, config_id, status, val_accuracy, val_loss, fte, seconds
+) -> pd.DataFrame: # One row a probe: level, seed, config_id, status, metric, val_accuracy or val_r2, val_loss, fte, seconds
     "All finished probe runs below a folder"
     paths = sorted(Path(folder).glob('*/*/result.json'))
     if not paths: raise InputError(f'{folder} holds no finished run (<level>/<seed>/result.json): run make experiments first')
     results = [json.loads(path.read_text()) for path in paths]
-    tables = [pd.DataFrame(r['probes']).drop(columns='config').assign(seed=r['seed']) for r in results]
+    tables = [pd.DataFrame(r['probes']).drop(columns='config').assign(seed=r['seed'], metric=r.get('metric', 'accuracy')) for r in results]
     return pd.concat(tables, ignore_index=True).sort_values(['seed', 'level', 'config_id'], ignore_index=True)
 
 def level_agreement(
     table: pd.DataFrame, # From `read_runs`
-) -> pd.DataFrame: # One row a level and seed: level, seed, spearman, regret, fte
-    "Rank correlation with the highest level, accuracy lost there by choosing at this level, and cost"
-    rows = []
+) -> pd.DataFrame: # One row a level and seed: level, seed, metric, spearman, regret, fte
+    "Rank correlation with the highest level, score lost there by choosing at this level, and cost"
+    rows, metric = [], table['metric'].iloc[0]
     for seed, runs in table.groupby('seed'):
-        scores = runs.pivot(index='config_id', columns='level', values='val_accuracy')
+        scores = runs.pivot(index='config_id', columns='level', values=score_key('val', metric))
         top = scores[scores.columns.max()]
         for level in scores.columns:
             fte = runs.loc[runs['level'] == level, 'fte'].sum()
-            rows.append(dict(level=level, seed=seed, spearman=scores[level].corr(top, method='spearman'),
+            rows.append(dict(level=level, seed=seed, metric=metric, spearman=scores[level].corr(top, method='spearman'),
                              regret=top.max()-top[scores[level].idxmax()], fte=fte))
     return pd.DataFrame(rows)
 
@@ -90,9 +90,9 @@ probed at levels {{ result.levels|join(', ') }} for {{ result.n_epochs }} epochs
 <div class="figures">{% for caption, image in figures %}<figure><img alt="{{ caption }}" src="data:image/svg+xml;base64,{{ image }}"><figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}</div>
 <h2>All configs, best prediction first</h2>
-<div class="scroll"><table><tr><th>config</th><th>predicted</th><th>seen</th><th>at level</th><th>status</th>{% for n in names %}<th>{{ n }}</th>{% endfor %}</tr>
+<div class="scroll"><table><tr><th>config</th><th>predicted {{ metric }}</th><th>seen</th><th>at level</th><th>status</th>{% for n in names %}<th>{{ n }}</th>{% endfor %}</tr>
 {% for p in result.predictions %}<tr{% if p.config_id == result.best_config_id %} class="best"{% endif %}><td><code>{{ p.config_id[:8] }}</code></td>
-<td class="n">{{ '%.4f'|format(p.predicted) }} ± {{ '%.4f'|format(p.std) }}</td><td class="n">{{ '%.4f'|format(p.val_accuracy) }}</td><td class="n">{{ p.level }}</td>
+<td class="n">{{ show(p.predicted) }} ± {{ show(p.std) }}</td><td class="n">{{ show(p[key]) }}</td><td class="n">{{ p.level }}</td>
 <td>{{ p.status }}</td>{% for n in names %}<td class="n">{{ p.config.get(n, '')|short }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
 <h2>How it was computed</h2>
@@ -107,9 +107,10 @@ def summary_rows(
     result: dict[str, Any], # Content of result.json
 ) -> list[tuple[str, str]]: # What, and how much
     "The answer in a few lines"
-    fte, seconds, reached = result['cost']['fte'], result['cost']['seconds'], result['reached']
-    return [('predicted validation accuracy', f'{result["predicted"]["val_accuracy"]:.2%} ± {result["predicted"]["std"]:.2%}'),
-            ('reached validation accuracy', f'{reached["val_accuracy"]:.2%}'), ('reached test accuracy', f'{reached["test_accuracy"]:.2%}'),
+    fte, seconds, metric, predicted = result['cost']['fte'], result['cost']['seconds'], result['metric'], result['predicted']
+    (val, test), name, show = (score_key(part, metric) for part in ('val', 'test')), METRICS[metric], functools.partial(show_score, metric=metric)
+    return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])}'),
+            (f'reached validation {name}', show(result['reached'][val])), (f'reached test {name}', show(result['reached'][test])),
             ('cost of the search', f'{fte["probe"]+fte["metamodel"]:.2f} FTE'), ('cost with the full training', f'{fte["total"]:.2f} FTE'),
             ('training all configs in full', f'{fte["all_configs_in_full"]:.2f} FTE'),
             ('computing time of probes, meta-model, full training', ', '.join(f'{seconds[k]:.1f} s' for k in ('probe', 'metamodel', 'final')))]
@@ -133,6 +134,7 @@ def write_report(
         if figures_folder: save_figure(figure, Path(figures_folder)/name, data)
         figures.append((caption, _svg(figure)))
     names = sorted({n for p in result['predictions'] for n in p['config']})
-    page = _PAGE.render(result=result, summary=summary_rows(result), figures=figures, names=names)
+    page = _PAGE.render(result=result, summary=summary_rows(result), metric=METRICS[result['metric']], figures=figures, names=names,
+                        key=score_key('val', result['metric']), show=functools.partial(show_score, metric=result['metric']))
     with atomic_path(path) as temporary: temporary.write_text(page, encoding='utf-8')
     return path

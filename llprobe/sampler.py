@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .core import InputError, derive_seed
+from .data import strata
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'level_size', 'flat_inputs', 'feature_space', 'sample_order', 'sample_level']
@@ -114,13 +115,13 @@ def _el2n(z: np.ndarray, y: np.ndarray, seed: int, n_networks: int=3) -> np.ndar
 STRATEGIES = ('random', 'stratified', 'balanced', 'herding', 'kcenter', 'el2n')
 
 def sample_order(
-    y: Tensor, # `(n,)` int64 labels of the training split
+    y: Tensor, # `(n,)` int64 labels or float32 targets of the training split
     strategy: str='stratified', # One of `STRATEGIES`
     seed: int=0, # The study's
     x: Tensor|None=None, # `(n, …)` raw inputs, which herding, kcenter and el2n need
 ) -> Tensor: # `(n,)` int64 permutation: the order in which samples join
     "The order whose prefixes are the levels"
-    y = np.asarray(y)
+    y = strata(torch.as_tensor(y)).numpy()
     if strategy not in STRATEGIES: raise InputError(f'strategy {strategy!r} is unknown: choose one of {", ".join(STRATEGIES)}')
     rng = np.random.default_rng(derive_seed(seed, 'sampler', strategy))
     if strategy == 'random': return torch.from_numpy(rng.permutation(len(y)))
@@ -141,20 +142,23 @@ def _rank(members: list[np.ndarray], strategy: str, y: np.ndarray, x: Tensor, se
 
 # %% ../nbs/02_sampler.ipynb #02sampler01b
 def sample_level(
-    y: Tensor, # `(n,)` int64 labels of the training split
+    y: Tensor, # `(n,)` int64 labels or float32 targets of the training split
     level: float, # Fraction of the training split, in (0, 1]
     strategy: str='stratified', # One of `STRATEGIES`
     seed: int=0, # The study's
     x: Tensor|None=None, # `(n, …)` raw inputs, which herding, kcenter and el2n need
 ) -> Tensor: # `(level_size(level, n),)` int64 indices into the training split
-    "The samples of a level; `InputError` when it holds none of some class"
-    size = level_size(level, len(y))
+    "The samples of a level; `InputError` when it holds none of some class, or a single sample of a regression"
+    size, y = level_size(level, len(y)), torch.as_tensor(y)
     order = sample_order(y, strategy, seed, x)
-    _check_classes(np.asarray(y)[order.numpy()], size)
+    _check_enough(y[order].numpy(), size)
     return order[:size]
 
-def _check_classes(y: np.ndarray, size: int) -> None:
-    "Raise unless the first `size` of the ordered labels hold every class"
+def _check_enough(y: np.ndarray, size: int) -> None:
+    "Raise unless the first `size` of the ordered labels hold every class, or are two targets or more"
+    if y.dtype.kind == 'f':
+        if size > 1: return
+        raise InputError(f'{size} of {len(y)} samples is too little for a regression: use a level of at least {math.ceil(2/len(y)*1e4)/1e4:g}')
     classes, first = np.unique(y, return_index=True)
     if first.max() < size: return
     smallest = math.ceil((first.max()+1)/len(y)*1e4)/1e4

@@ -9,7 +9,7 @@ from typing import Any, Callable, Sequence
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .batches import Totals, make_batches
+from .batches import Totals, make_batches, mean_loss
 from .core import derive_seed
 from .data import Split
 from .models import Dropout, evaluating
@@ -82,8 +82,8 @@ class Stack:
         self.weights = {name: w.detach().contiguous().requires_grad_(w.requires_grad) for name, w in weights.items()}
         self.buffers = {name: b.clone() for name, b in buffers.items()}
         self.memory = {name: dict(first=torch.zeros_like(w), second=torch.zeros_like(w)) for name, w in self.weights.items() if w.requires_grad}
-        self.x, self.y = (t.to(self.device) for t in split.inputs('train', indices))
-        self.val_x, self.val_y = (t.to(self.device) for t in split.inputs('val', sample_order(split.val_y, 'stratified', seed)))
+        self.x, self.y = (t.to(self.device) for t in split.samples('train', indices))
+        self.val_x, self.val_y = (t.to(self.device) for t in split.samples('val', sample_order(split.val_y, 'stratified', seed)))
         self.steps_per_epoch, self.epoch = len(batch_indices(len(self.x), configs[0]['batch_size'], torch.Generator())), 0
         self.hyper = self._hyper()
 
@@ -104,10 +104,11 @@ def _hyper(self: Stack) -> dict[str, Tensor]: # (m,) float32, on the device
 
 @patch
 def losses(self: Stack,
-    outputs: Tensor, # (m, n, c) logits
-    y: Tensor, # (n,) classes
+    outputs: Tensor, # (m, n, c) logits, or (m, n, 1)
+    y: Tensor, # (n,) classes, or standardised targets
 ) -> Tensor: # (m,)
-    "Mean cross-entropy of each member, with its own label smoothing"
+    "What `batches.task_loss` is for one: squared error, or cross-entropy with the member's label smoothing"
+    if y.is_floating_point(): return (outputs[..., 0]-y).square().mean(1)
     log_p, smoothing = outputs.log_softmax(-1), self.hyper['label_smoothing']
     own = log_p.gather(2, y.expand(len(outputs), -1)[..., None])[..., 0].mean(1)
     return (smoothing-1)*own-smoothing*log_p.mean((1, 2))
@@ -149,15 +150,15 @@ def scores(self: Stack,
     n: int|None = None, # The first `n` validation samples, or all of them
 ) -> list[dict[str, float]]: # loss, accuracy … of each member
     "Score all members on the validation part"
-    totals = [Totals() for _ in self.configs]
+    totals = [Totals(mean_loss) for _ in self.configs]
     with evaluating(self.base), torch.no_grad():
         for batch in make_batches(self.base, network_input(self.split, self.val_x[:n]), self.val_y[:n]):
             outputs = self.forward(batch.inputs)
-            for member, total in zip(outputs, totals): total.add(batch, member, nn.functional.cross_entropy(member, batch.targets))
+            for member, total in zip(outputs, totals): total.add(batch, member, mean_loss(member, batch.targets))
     return [total.means() for total in totals]
 
 @patch
-def run_epoch(self: Stack) -> list[dict]: # Of each member: epoch, train_loss, val_loss, val_accuracy, gradient_norm, seconds (its share)
+def run_epoch(self: Stack) -> list[dict]: # Of each member: epoch, train_loss, val_loss, val_score, gradient_norm, seconds (its share)
     "Train for one epoch and validate on the curve's samples"
     start, m, n = time.perf_counter(), len(self.configs), len(self.x)
     totals = torch.zeros(2, m, device=self.device)
@@ -168,7 +169,7 @@ def run_epoch(self: Stack) -> list[dict]: # Of each member: epoch, train_loss, v
         scores = self.scores(self.settings.n_curve_samples)
     self.epoch += 1
     seconds = (time.perf_counter()-start)/m
-    return [dict(epoch=self.epoch, train_loss=loss, val_loss=s['loss'], val_accuracy=s['accuracy'], gradient_norm=norm, seconds=seconds)
+    return [dict(epoch=self.epoch, train_loss=loss, val_loss=s['loss'], val_score=s[self.split.dataset.metric], gradient_norm=norm, seconds=seconds)
             for loss, norm, s in zip(*totals.tolist(), scores)]
 
 # %% ../nbs/24_stack.ipynb #24stack00f
@@ -209,8 +210,8 @@ def _train_together(models: Sequence[nn.Module], configs: Sequence[dict], split:
     stack.unstack(models)
     seconds, n_curve = (time.perf_counter()-start)/len(models), min(settings.n_curve_samples, len(stack.val_y))
     def result(i: int) -> TrainResult:
-        epochs, score = failed.get(i, stack.epoch), scores.get(i, dict(loss=math.nan, accuracy=1/split.dataset.n_classes))
-        return TrainResult('diverged' if i in failed else 'ok', curves[i], score['loss'], score['accuracy'], epochs*len(indices),
+        epochs, score = failed.get(i, stack.epoch), scores.get(i, {'loss': math.nan, split.dataset.metric: split.dataset.chance_score})
+        return TrainResult('diverged' if i in failed else 'ok', curves[i], score['loss'], score[split.dataset.metric], epochs*len(indices),
                            epochs*n_curve+(0 if i in failed else len(stack.val_y)), seconds)
     return [result(i) for i in range(len(models))]
 
@@ -225,7 +226,7 @@ def train_stack(
 ) -> list[TrainResult]: # In the models' order; `seconds` is each member's share
     "Train many configs on one subset at once"
     if len(models) == 1: return [train(models[0], configs[0], split, indices, settings, seed)]
-    resolved = [resolve_config(c, settings.shared) for c in configs]
+    resolved = [resolve_config(c, settings.shared, split.dataset.task) for c in configs]
     keys = {stack_key(m, c) for m, c in zip(models, resolved)}
     if len(keys) > 1 or None in keys: raise ValueError('these models cannot be stacked: group them by stack_key')
     try: return _train_together(models, resolved, split, indices, settings, seed)

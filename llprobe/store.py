@@ -36,7 +36,7 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec='milliseconds')
 
 # %% ../nbs/41_store.ipynb #41store00b
-SCHEMA_VERSION = 1 # Raised by one whenever older code could no longer read or write the tables
+SCHEMA_VERSION = 2 # Raised by one whenever older code could no longer read or write the tables
 STATUSES, PURPOSES = ('ok', 'diverged', 'crashed'), ('probe', 'final')
 METADATA = sa.MetaData()
 
@@ -56,7 +56,7 @@ def _study() -> sa.Column: return sa.Column('study_id', sa.Integer, sa.ForeignKe
 SCHEMA = _table('schema_version', _need('version', sa.Integer))
 DRIVER = _table('driver', sa.Column('study', sa.Text, primary_key=True), _need('host'), _need('process_id', sa.Integer), _need('since'))
 STUDY = _table('study', sa.Column('id', sa.Integer, primary_key=True), sa.Column('name', sa.Text, nullable=False, unique=True),
-    _need('created_at'), _need('settings', _Json), _need('settings_digest'), _need('dataset'), _need('fingerprint'),
+    _need('created_at'), _need('settings', _Json), _need('settings_digest'), _need('dataset'), _need('fingerprint'), _need('metric'),
     _need('space', _Json), _need('data_features', _Json), _need('versions', _Json))
 CONFIG = _table('config', sa.Column('id', sa.Integer, primary_key=True), _study(), _need('config_id'),
     _need('position', sa.Integer), _need('hyperparameters', _Json), sa.UniqueConstraint('study_id', 'config_id'))
@@ -66,7 +66,7 @@ def _of_config() -> sa.Constraint: return sa.ForeignKeyConstraint(['study_id', '
 
 PROBE = _table('probe', sa.Column('id', sa.Integer, primary_key=True), _study(), _need('config_id'), _need('level', sa.Double),
     _need('seed', sa.BigInteger), _need('purpose'), _need('status'), sa.Column('n_epochs', sa.Integer), sa.Column('n_samples', sa.Integer),
-    *map(_real, ('val_accuracy', 'val_loss', 'test_accuracy', 'test_loss')), sa.Column('train_samples', sa.BigInteger),
+    *map(_real, ('val_score', 'val_loss', 'test_score', 'test_loss')), sa.Column('train_samples', sa.BigInteger),
     *map(_real, ('forward_samples', 'seconds')), sa.Column('error', sa.Text), _need('finished_at'), _nan(), _of_config(),
     sa.UniqueConstraint('study_id', 'config_id', 'level', 'seed', 'purpose'))
 PREDICTION = _table('prediction', sa.Column('id', sa.Integer, primary_key=True), _study(), _need('config_id'), _need('stage'),
@@ -78,7 +78,7 @@ def _part(name: str, kind: Any = sa.Integer) -> sa.Column: return sa.Column(name
 def _of_probe() -> sa.Column: return sa.Column('probe_id', sa.Integer, sa.ForeignKey('probe.id'), primary_key=True, autoincrement=False)
 
 CURVE = _table('curve', _of_probe(), _part('epoch'),
-    *map(_real, ('train_loss', 'val_loss', 'val_accuracy', 'gradient_norm', 'seconds')), _nan(), sqlite_with_rowid=False)
+    *map(_real, ('train_loss', 'val_loss', 'val_score', 'gradient_norm', 'seconds')), _nan(), sqlite_with_rowid=False)
 RESPONSE = _table('response', _of_probe(), _part('position'), _need('kind'), _need('radius', sa.Double),
     sa.Column('direction', sa.Integer), _need('sample'), *map(_real, ('loss', 'accuracy', 'margin', 'confidence')), _nan(),
     sqlite_with_rowid=False)
@@ -189,8 +189,9 @@ def _version(self: Store, connection: sa.Connection) -> int|None:
     if tables and SCHEMA.name not in tables:
         raise InputError(f'{self.where} is not an llprobe database (its tables: {", ".join(sorted(tables)[:5])}): name another')
     version = connection.scalar(sa.select(SCHEMA.c.version)) if tables else None
-    if version and version > SCHEMA_VERSION:
-        raise InputError(f'{self.where} is of a newer llprobe (schema {version}, this one knows {SCHEMA_VERSION}): upgrade llprobe')
+    if version and version != SCHEMA_VERSION:
+        which, remedy = ('a newer', 'upgrade llprobe') if version > SCHEMA_VERSION else ('an older', 'read it with that one, or begin the study again elsewhere')
+        raise InputError(f'{self.where} is of {which} llprobe (schema {version}, this one knows {SCHEMA_VERSION}): {remedy}')
     return version
 
 @patch_to(Store)
@@ -219,7 +220,7 @@ def open_store(
     where: str|Path, # Path of an SQLite file, or an SQLAlchemy URL
     create: bool = True, # Make it when it is missing?
     read_only: bool = False, # For reports and status: never writes, never creates
-) -> Store: # Raises `InputError` when it is missing, damaged, foreign, too new or cannot be written
+) -> Store: # Raises `InputError` when it is missing, damaged, foreign, of another version or cannot be written
     "Open the database of studies"
     url, create = _url(where), create and not read_only
     is_file = url.get_backend_name() == 'sqlite'
@@ -257,6 +258,7 @@ def create_study(
     space: dict[str, Any]|None = None, # The search space as a dict
     data_features: dict[str, float]|None = None,
     versions: dict[str, str]|None = None, # Of Python, torch, llprobe …
+    metric: str = 'accuracy', # What its scores are: a key of `core.METRICS`
 ) -> int: # Its id. Raises `InputError` when `name` was begun with something else
     "Begin a study, or find the one begun with the same settings, space and data"
     if not name.strip() or not name.isprintable(): raise InputError(f'a study needs a printable name, got {name!r}: choose another')
@@ -264,7 +266,7 @@ def create_study(
     with self._begin(write=True) as connection:
         known = connection.execute(sa.select(STUDY).where(STUDY.c.name == name)).first()
         if known is None:
-            row = _row(STUDY, name=name, created_at=_now(), settings_digest=digest(now), dataset=dataset, **now,
+            row = _row(STUDY, name=name, created_at=_now(), settings_digest=digest(now), dataset=dataset, metric=metric, **now,
                        data_features=data_features or {}, versions=versions or {})
             row.pop('nan')
             return connection.execute(sa.insert(STUDY), row).inserted_primary_key[0]

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 import torch
 from tqdm.auto import tqdm
-from .core import InputError, atomic_path, plain, write_json
+from .core import InputError, atomic_path, name_scores, plain, show_score, write_json
 from .data import Dataset, Split, cached_file, load_dataset
 from .dataset_features import data_features
 from .execution import Workers
 from .metamodel import PowerLawModel
 from .models import architecture_name, build_model, forward_flops
 from .optimization import resolve_config
+from .population import METHODS, probe_population
 from .probe import ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
 from .search import Search, Trial, check_levels
 from .space import SearchSpace, default_space
@@ -38,6 +39,7 @@ class StudySettings:
     promote: float = 0.5     # Share of a level's configs that goes on to the next
     seed: int = 0            # Of the split, the subsets, the weights, the noise and the design
     probe: ProbeSettings = ProbeSettings()
+    population: str|None = None # One of `population.METHODS`; None is 'auto' on a GPU, and 'alone' on a CPU, where a resumed study then has the bits of an uninterrupted one
 
     def to_dict(self) -> dict[str, Any]: # JSON-ready; the device is left out, since it is the machine's
         "The settings as plain values"
@@ -57,11 +59,12 @@ def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -
     "Raise `InputError` for what would fail later"
     s = settings.probe
     resolve_device(s.train.device)
+    if settings.population not in (None, *METHODS): raise InputError(f'population must be one of {", ".join(METHODS)}, got {settings.population!r}')
     if s.train.n_epochs < 1: raise InputError(f'epochs must be at least 1, got {s.train.n_epochs}')
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     for config in configs:
-        resolve_config(config, s.train.shared)
-        build_model(s.architecture, config, split.dataset.input_shape, split.dataset.n_classes)
+        resolve_config(config, s.train.shared, split.dataset.task)
+        build_model(s.architecture, config, split.dataset.input_shape, split.dataset.n_outputs)
     for level in settings.levels: task_indices(ProbeTask(data_path, configs[0], level, settings.seed, settings=s))
 
 # %% ../nbs/61_study.ipynb #61study00a
@@ -125,12 +128,12 @@ def open_study(
     configs = space.sample(settings.n_configs, settings.seed, settings.design)
     _check_study(settings, configs, data_path)
     features, name = data_features(split, settings.seed), name or dataset.name
-    search = Search(space, configs, PowerLawModel(len(split.val), dataset.n_classes), settings.levels, settings.promote, features)
+    search = Search(space, configs, PowerLawModel(len(split.val), dataset.chance_score), settings.levels, settings.promote, features)
     store = open_store(out/'study.db')
     if others := [other for other in store.studies()['name'] if other != name]:
         raise InputError(f'{out} holds the study {others[0]!r}: choose another folder for {name!r}')
     store.create_study(name, settings.to_dict(), dataset=dataset.name, fingerprint=dataset.fingerprint, space=space.to_dict(),
-                       data_features=features, versions=versions())
+                       data_features=features, versions=versions(), metric=dataset.metric)
     store.add_configs(name, configs)
     return Study(name, out, settings, split, data_path, store, search)
 
@@ -153,14 +156,19 @@ def _record(task: ProbeTask, result: Any) -> dict[str, Any]:
     if not isinstance(result, Exception): return result
     return crashed_record(task, f'{type(result).__name__}: {result}'.splitlines()[0])
 
+def _method(settings: StudySettings) -> str:
+    "Which probes train together"
+    return settings.population or ('alone' if resolve_device(settings.probe.train.device).type == 'cpu' else 'auto')
+
 def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: tqdm) -> None:
     "Probe until every trial of a rung is recorded"
     tasks = [study.task(t) for t in trials]
     bar.set_description(f'level {trials[0].level:g}')
-    for task, result in workers.run(run_probe, tasks):
+    for task, result in probe_population(tasks, workers, _method(study.settings)):
         study.take(_record(task, result))
         bar.update()
-        bar.set_postfix_str(f'best {max(r["val_accuracy"] for r in study.search.records.values()):.1%}')
+        best = max(r['val_score'] for r in study.search.records.values())
+        bar.set_postfix_str(f'best {show_score(best, study.split.dataset.metric, 1)}')
     records = [r for r in study.search.records.values() if r['level'] == trials[0].level]
     if all(r['status'] == 'crashed' for r in records):
         raise InputError(f'all {len(records)} probes at level {trials[0].level:g} crashed, the first with {records[0]["error"]}: mend the model or the space')
@@ -169,8 +177,8 @@ def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: tqdm) ->
 def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) -> int: # CPU threads of the full training
     "All cores if a batch takes `enough` multiply-adds, else one"
     dataset, s = study.split.dataset, study.settings.probe
-    flops = forward_flops(build_model(s.architecture, config, dataset.input_shape, dataset.n_classes), dataset.input_shape)
-    return n_workers if flops*resolve_config(config, s.train.shared)['batch_size'] >= enough else 1
+    flops = forward_flops(build_model(s.architecture, config, dataset.input_shape, dataset.n_outputs), dataset.input_shape)
+    return n_workers if flops*resolve_config(config, s.train.shared, dataset.task)['batch_size'] >= enough else 1
 
 def _run_final(study: Study, trial: Trial, n_workers: int, executor: Executor|None, progress: bool) -> None:
     "Train the predicted best on all of the data and test it once"
@@ -183,7 +191,7 @@ def _run_final(study: Study, trial: Trial, n_workers: int, executor: Executor|No
             task = replace(task, checkpoint=str(checkpoint), settings=replace(task.settings, train=train))
             def on_epoch(row: dict) -> None:
                 bar.update(row['epoch']-bar.n)
-                bar.set_postfix_str(f'validation {row["val_accuracy"]:.1%}')
+                bar.set_postfix_str(f'validation {show_score(row["val_score"], study.split.dataset.metric, 1)}')
             function = functools.partial(run_probe, on_epoch=on_epoch)
         [(_, result)] = Workers(1, executor).run(function, [task])
     record = _record(task, result)
@@ -252,10 +260,10 @@ def run_probes(
     "Probe without training anything in full; run again to resume"
     with _driving(dataset, out, space, settings, name, n_workers, wait, progress) as (study, n):
         _probe_all(study, n, executor, progress)
-        kept = ('config_id', 'config', 'level', 'status', 'val_accuracy', 'val_loss', 'seconds')
+        kept, metric = ('config_id', 'config', 'level', 'status', 'val_score', 'val_loss', 'seconds'), study.split.dataset.metric
         size = len(study.split.train), study.settings.probe.train.n_epochs
         records = [r for r in study.search.records.values() if r['purpose'] == 'probe']
-        probes = [{k: r[k] for k in kept} | dict(fte=full_training_equivalents([r], *size)) for r in records]
+        probes = [name_scores({k: r[k] for k in kept}, metric) | dict(fte=full_training_equivalents([r], *size)) for r in records]
         return plain(_facts(study) | dict(probes=probes))
 
 # %% ../nbs/61_study.ipynb #61study019
@@ -276,14 +284,14 @@ def _predictions(study: Study) -> list[dict[str, Any]]: # Best first
     search, rows = study.search, []
     for config, row in search.final_predictions.sort_values('mean', ascending=False, kind='stable').iterrows():
         seen = search.records[config, row['level'], 'probe']
-        rows.append(dict(config_id=config, config=search.configs[config], level=row['level'], status=seen['status'],
-                         val_accuracy=seen['val_accuracy'], predicted=row['mean'], std=row['std']))
+        rows.append(name_scores(dict(config_id=config, config=search.configs[config], level=row['level'], status=seen['status'],
+                                     val_score=seen['val_score'], predicted=row['mean'], std=row['std']), study.split.dataset.metric))
     return rows
 
 def _facts(study: Study) -> dict[str, Any]:
     "What was run, on what"
     s, dataset = study.settings, study.split.dataset
-    return dict(dataset=dataset.name, fingerprint=dataset.fingerprint, study=study.name, levels=list(s.levels), seed=s.seed,
+    return dict(dataset=dataset.name, fingerprint=dataset.fingerprint, metric=dataset.metric, study=study.name, levels=list(s.levels), seed=s.seed,
                 n_configs=s.n_configs, n_epochs=s.probe.train.n_epochs, n_train=len(study.split.train),
                 architecture=s.to_dict()['probe']['architecture'], settings=s.to_dict(), versions=versions(),
                 hardware=hardware(s.probe.train.device))
@@ -292,11 +300,11 @@ def summarise(
     study: Study, # Finished
 ) -> dict[str, Any]: # JSON-ready
     "A finished study's result"
-    search = study.search
+    search, metric = study.search, study.split.dataset.metric
     best, final = search.best, search.records[search.best, 1.0, 'final']
     row = search.final_predictions.loc[best]
     return plain(_facts(study) | dict(
         best_config=search.configs[best], best_config_id=best, status=final['status'],
-        predicted=dict(val_accuracy=row['mean'], std=row['std']),
-        reached={k: final[k] for k in ('val_accuracy', 'test_accuracy', 'val_loss', 'test_loss')},
+        predicted=name_scores(dict(val_score=row['mean'], std=row['std']), metric),
+        reached=name_scores({k: final[k] for k in ('val_score', 'test_score', 'val_loss', 'test_loss')}, metric),
         predictions=_predictions(study), cost=_cost(study)))

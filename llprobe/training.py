@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np, torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .augmentation import augment_batch, cutout, mixup
-from .batches import evaluate
+from .batches import evaluate, task_loss
 from .checkpoint import load_checkpoint, save_checkpoint
 from .core import InputError, derive_seed, digest
 from .data import Split, normalise
@@ -32,7 +31,7 @@ class TrainSettings:
     n_epochs: int = 10            # The same at every level
     schedule: str = 'one_cycle'   # Of the learning rate: one of `optimization.SCHEDULES`
     augment: str = 'none'         # One of `augmentation.AUGMENTATIONS`; images only
-    label_smoothing: float = 0.0  # In [0, 1)
+    label_smoothing: float = 0.0  # In [0, 1); of classes only
     device: str = 'auto'          # 'cpu', 'cuda', 'cuda:1' …; 'auto' takes CUDA where there is one
     n_threads: int = 1            # CPU threads of one training
     n_curve_samples: int = 1000   # Validation samples behind each epoch's point of the curve; the last value uses them all
@@ -95,9 +94,9 @@ def epoch_batches(
 class TrainResult:
     "A finished training; the model was trained in place"
     status: str           # 'ok' or 'diverged'
-    curve: list[dict]     # Per epoch: epoch, train_loss, val_loss, val_accuracy, gradient_norm, seconds
+    curve: list[dict]     # Per epoch: epoch, train_loss, val_loss, val_score, gradient_norm, seconds
     val_loss: float       # On the whole validation part after the last epoch; NaN when diverged
-    val_accuracy: float   # 1/n_classes when diverged
+    val_score: float      # Accuracy or R²; that of chance when diverged
     train_samples: int    # Samples processed by forward and backward passes
     forward_samples: int  # Samples processed by forward passes alone
     seconds: float        # Wall clock, that before a checkpoint included
@@ -113,14 +112,14 @@ class Trainer:
         settings: TrainSettings = TrainSettings(),
         seed: int = 0, # The study's seed
     ):
-        self.config, self.settings, self.seed, self.split = resolve_config(config, settings.shared), settings, seed, split
+        self.config, self.settings, self.seed, self.split = resolve_config(config, settings.shared, split.dataset.task), settings, seed, split
         self.device = resolve_device(settings.device)
         self.model = model.to(self.device)
         if split.dataset.is_image: self.model.to(memory_format=torch.channels_last)
         self.optimizer, self.averaging = make_optimizer(self.model, self.config), Averaging(self.model, self.config, settings.n_epochs)
-        self.x, self.y = (t.to(self.device) for t in split.inputs('train', indices))
+        self.x, self.y = (t.to(self.device) for t in split.samples('train', indices))
         mixed = sample_order(split.val_y, 'stratified', seed) # so that the first n are a fair sample
-        self.val_x, self.val_y = (t.to(self.device) for t in split.inputs('val', mixed))
+        self.val_x, self.val_y = (t.to(self.device) for t in split.samples('val', mixed))
         self.steps_per_epoch = len(batch_indices(len(self.x), self.config['batch_size'], torch.Generator()))
         self.curve, self.epoch, self.train_samples, self.forward_samples, self.seconds = [], 0, 0, 0, 0.0
 
@@ -141,7 +140,7 @@ def isolated(
 
 # %% ../nbs/23_training.ipynb #23training016
 @patch
-def run_epoch(self: Trainer) -> dict: # epoch, train_loss, val_loss, val_accuracy, gradient_norm, seconds
+def run_epoch(self: Trainer) -> dict: # epoch, train_loss, val_loss, val_score, gradient_norm, seconds
     "Train for one epoch and validate on the curve's samples"
     start, n, totals = time.perf_counter(), len(self.x), torch.zeros(2, device=self.device)
     self.model.train()
@@ -156,7 +155,7 @@ def run_epoch(self: Trainer) -> dict: # epoch, train_loss, val_loss, val_accurac
     self.forward_samples += min(self.settings.n_curve_samples, len(self.val_y))
     seconds = time.perf_counter()-start
     self.seconds += seconds
-    return dict(epoch=self.epoch, train_loss=train_loss, val_loss=scores['loss'], val_accuracy=scores['accuracy'],
+    return dict(epoch=self.epoch, train_loss=train_loss, val_loss=scores['loss'], val_score=scores[self.split.dataset.metric],
                 gradient_norm=gradient_norm, seconds=seconds)
 
 # %% ../nbs/23_training.ipynb #23training018
@@ -168,7 +167,7 @@ def _backward(self: Trainer,
     "Fresh gradients"
     self.optimizer.zero_grad(set_to_none=True)
     with torch.autocast('cuda', torch.bfloat16, enabled=x.is_cuda): outputs = self.model(x).float()
-    loss = sum(weight*F.cross_entropy(outputs, y, label_smoothing=self.config['label_smoothing']) for weight, y in targets)
+    loss = sum(weight*task_loss(outputs, y, self.config['label_smoothing']) for weight, y in targets)
     loss.backward()
     return loss.detach()
 
@@ -195,12 +194,12 @@ def _step(self: Trainer,
 @patch
 def validate(self: Trainer,
     n: int|None = None, # The first `n` validation samples, or all of them
-) -> dict[str, float]: # loss, accuracy …
+) -> dict[str, float]: # loss, accuracy or r2 …
     "Score the model on the validation part"
     return evaluate(self.model, network_input(self.split, self.val_x[:n]), self.val_y[:n])
 
 @patch
-def finish(self: Trainer) -> dict[str, float]: # loss, accuracy … on the whole validation part
+def finish(self: Trainer) -> dict[str, float]: # loss, accuracy or r2 … on the whole validation part
     "Put averaged weights in place if the config wants them, and score the model"
     inputs = (network_input(self.split, x) for x in self.x.split(self.config['batch_size']))
     with isolated(0, self.device, self.settings.n_threads):
@@ -243,7 +242,7 @@ def save(self: Trainer,
     tensors = _with_prefix('model', self.model.state_dict()) | _with_prefix('optimizer', _optimizer_tensors(self.optimizer))
     if self.averaging.averaged is not None: tensors |= _with_prefix('averaged', self.averaging.averaged.state_dict())
     facts = {name: getattr(self, name) for name in ('epoch', 'curve', 'train_samples', 'forward_samples', 'seconds')}
-    save_checkpoint(path, tensors, facts | dict(identity=self._identity(), score=max((r['val_accuracy'] for r in self.curve), default=0)))
+    save_checkpoint(path, tensors, facts | dict(identity=self._identity(), score=max((r['val_score'] for r in self.curve), default=self.split.dataset.chance_score)))
 
 @patch
 def resume(self: Trainer,
@@ -280,6 +279,7 @@ def train(
         if checkpoint and status == 'ok': trainer.save(checkpoint)
         if on_epoch: on_epoch(row)
     start = time.perf_counter()
-    scores = trainer.finish() if status == 'ok' else dict(loss=math.nan, accuracy=1/split.dataset.n_classes)
-    return TrainResult(status, trainer.curve, scores['loss'], scores['accuracy'], trainer.train_samples, trainer.forward_samples,
+    metric = split.dataset.metric
+    scores = trainer.finish() if status == 'ok' else {'loss': math.nan, metric: split.dataset.chance_score}
+    return TrainResult(status, trainer.curve, scores['loss'], scores[metric], trainer.train_samples, trainer.forward_samples,
                        trainer.seconds+time.perf_counter()-start)

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from .core import METRICS, score_key
 
 COLOURS = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', grey='#777777')
 
@@ -27,40 +28,47 @@ def _figure(width: float = 4.5, height: float = 3.2) -> tuple[Figure, Axes]:
     axis.grid(alpha=0.25, lw=0.5)
     return figure, axis
 
+def _score_limits(axis: Axes, direction: str, metric: str) -> None:
+    "R² has no lower end: hide what is far below that of naming the mean"
+    low, high = getattr(axis.dataLim, f'interval{direction}')
+    if metric != 'accuracy' and low < -0.5: getattr(axis, f'set_{direction}lim')(-0.5, max(high, 0)+0.05)
+
 def _line_style(is_best: bool) -> dict[str, Any]:
     "The chosen config stands out, the others stay in the background"
     return dict(color=COLOURS['blue'], lw=1.8, zorder=3, label='chosen config') if is_best else dict(color='#bbbbbb', lw=0.8)
 
 # %% ../nbs/70_visualization.ipynb #70visualizat007
 def plot_levels(
-    probes: pd.DataFrame, # One row a probe: config_id, level, purpose, val_accuracy, status
+    probes: pd.DataFrame, # One row a probe: config_id, level, purpose, val_score, status
     result: dict[str, Any], # Content of result.json
 ) -> Figure:
-    "Validation accuracy against the level, with the prediction and what was reached"
+    "Validation score against the level, with the prediction and what was reached"
     figure, axis = _figure()
-    best = result['best_config_id']
+    best, key = result['best_config_id'], score_key('val', result['metric'])
     for config, rows in probes[probes.purpose == 'probe'].sort_values('level').groupby('config_id'):
-        axis.plot(rows['level'], rows['val_accuracy'], marker='o', ms=3, **_line_style(config == best))
+        axis.plot(rows['level'], rows['val_score'], marker='o', ms=3, **_line_style(config == best))
     predicted, reached = result['predicted'], result['reached']
-    axis.errorbar(0.96, predicted['val_accuracy'], 2*predicted['std'], fmt='D', ms=5, capsize=3, color=COLOURS['orange'], label='predicted, ± 2 deviations')
-    axis.plot(1.04, reached['val_accuracy'], '*', ms=11, color=COLOURS['green'], label='reached', zorder=4)
-    axis.set(xscale='log', xlabel='level (fraction of the training data)', ylabel='validation accuracy')
+    axis.errorbar(0.96, predicted[key], 2*predicted['std'], fmt='D', ms=5, capsize=3, color=COLOURS['orange'], label='predicted, ± 2 deviations')
+    axis.plot(1.04, reached[key], '*', ms=11, color=COLOURS['green'], label='reached', zorder=4)
+    axis.set(xscale='log', xlabel='level (fraction of the training data)', ylabel=f'validation {METRICS[result["metric"]]}')
     ticks = sorted({*probes['level'], 1.0})
     axis.set_xticks(ticks, [f'{t:g}' for t in ticks])
     axis.minorticks_off()
+    _score_limits(axis, 'y', result['metric'])
     axis.legend(fontsize=7, frameon=False, loc='lower right')
     return figure
 
 # %% ../nbs/70_visualization.ipynb #70visualizat009
 def plot_responses(
     responses: pd.DataFrame, # Rows of responses with config_id, level, kind, radius, sample, loss
-    scores: pd.Series, # By config_id: what to colour by, such as the validation accuracy
+    scores: pd.Series, # By config_id: the validation score to colour by
     level: float, # Which level's probes
     sample: str = 'val', # 'train' or 'val'
+    metric: str = 'accuracy', # What the score is: a key of `core.METRICS`
 ) -> Figure:
     "Mean loss under filter-normalised Gaussian noise against its radius, one line a config"
     figure, axis = _figure()
-    scale = Normalize(scores.min(), scores.max())
+    scale = Normalize(scores.min() if metric == 'accuracy' else max(scores.min(), -0.5), scores.max())
     colours = ScalarMappable(scale, 'viridis')
     rows = responses[(responses.kind == 'gaussian') & (responses['level'] == level) & (responses['sample'] == sample)]
     for config, profile in rows.groupby('config_id'):
@@ -68,20 +76,22 @@ def plot_responses(
         axis.plot(mean.index, mean-mean.iloc[0], marker='o', ms=3, lw=1, color=colours.to_rgba(scores[config]))
     axis.set_yscale('symlog', linthresh=0.01) # losses may rise by a percent or a thousandfold
     axis.set(xlabel='radius, relative to each filter\'s norm', ylabel=f'rise of the {"validation" if sample == "val" else "training"} loss')
-    figure.colorbar(colours, ax=axis, label=f'validation accuracy at level {level:g}')
+    figure.colorbar(colours, ax=axis, label=f'validation {METRICS[metric]} at level {level:g}')
     return figure
 
 # %% ../nbs/70_visualization.ipynb #70visualizat00b
 def plot_curves(
-    curves: pd.DataFrame, # Rows of curves with config_id, level, epoch, val_accuracy
+    curves: pd.DataFrame, # Rows of curves with config_id, level, epoch, val_score
     level: float, # Which level's probes
     best: str|None = None, # The config to point out
+    metric: str = 'accuracy', # What the score is: a key of `core.METRICS`
 ) -> Figure:
-    "Validation accuracy against the epoch, one line a config"
+    "Validation score against the epoch, one line a config"
     figure, axis = _figure()
     for config, rows in curves[curves['level'] == level].groupby('config_id'):
-        axis.plot(rows['epoch'], rows['val_accuracy'], **_line_style(config == best))
-    axis.set(xlabel='epoch', ylabel=f'validation accuracy at level {level:g}')
+        axis.plot(rows['epoch'], rows['val_score'], **_line_style(config == best))
+    axis.set(xlabel='epoch', ylabel=f'validation {METRICS[metric]} at level {level:g}')
+    _score_limits(axis, 'y', metric)
     if axis.get_legend_handles_labels()[0]: axis.legend(fontsize=7, frameon=False, loc='lower right')
     return figure
 
@@ -91,14 +101,16 @@ def plot_predictions(
 ) -> Figure:
     "Every config's predicted full score beside its score at its highest level"
     figure, axis = _figure(4.5, max(2.0, 0.22*len(result['predictions'])+0.8))
-    table = pd.DataFrame(result['predictions']).iloc[::-1].reset_index(drop=True)
-    axis.hlines(table.index, table['val_accuracy'], table['predicted'], color='#cccccc', lw=1)
-    axis.plot(table['val_accuracy'], table.index, 'o', ms=4, color=COLOURS['grey'], label='seen at its highest level')
+    table, key = pd.DataFrame(result['predictions']).iloc[::-1].reset_index(drop=True), score_key('val', result['metric'])
+    axis.hlines(table.index, table[key], table['predicted'], color='#cccccc', lw=1)
+    axis.plot(table[key], table.index, 'o', ms=4, color=COLOURS['grey'], label='seen at its highest level')
     axis.errorbar(table['predicted'], table.index, xerr=2*table['std'], fmt='D', ms=4, lw=0.8, color=COLOURS['orange'], label='predicted at level 1, ± 2 deviations')
     chosen = table.index[table['config_id'] == result['best_config_id']][0]
-    axis.plot(result['reached']['val_accuracy'], chosen, '*', ms=12, color=COLOURS['green'], label='reached')
+    axis.plot(result['reached'][key], chosen, '*', ms=12, color=COLOURS['green'], label='reached')
     axis.set_yticks(table.index, [f'{c[:6]} @ {l:g}' for c, l in zip(table['config_id'], table['level'])], fontsize=6, family='monospace')
-    axis.set(xlabel='validation accuracy', xlim=(-0.02, 1.02))
+    axis.set(xlabel=f'validation {METRICS[result["metric"]]}')
+    if result['metric'] == 'accuracy': axis.set_xlim(-0.02, 1.02)
+    _score_limits(axis, 'x', result['metric'])
     axis.legend(fontsize=7, frameon=False)
     return figure
 
@@ -119,25 +131,27 @@ def plot_cost(
 
 # %% ../nbs/70_visualization.ipynb #70visualizat011
 def plot_level_scores(
-    table: pd.DataFrame, # One row a probe: level, seed, config_id, val_accuracy
+    table: pd.DataFrame, # One row a probe: level, seed, config_id, metric, val_accuracy or val_r2
 ) -> Figure:
-    "Mean validation accuracy of each config at each level, with the standard error over seeds"
+    "Mean validation score of each config at each level, with the standard error over seeds"
     figure, axis = _figure()
-    n_seeds = table['seed'].nunique()
+    n_seeds, metric = table['seed'].nunique(), table['metric'].iloc[0]
     for _, rows in table.groupby('config_id'):
-        stats = rows.groupby('level')['val_accuracy'].agg(['mean', 'sem'])
+        stats = rows.groupby('level')[score_key('val', metric)].agg(['mean', 'sem'])
         axis.errorbar(stats.index, stats['mean'], stats['sem'] if n_seeds > 1 else None, marker='o', ms=3, lw=0.8, color=COLOURS['grey'], alpha=0.7)
-    axis.set(xlabel='level (fraction of the training data)', ylabel='validation accuracy', title=f'{table["config_id"].nunique()} configs, {n_seeds} seed{"s"*(n_seeds > 1)}')
+    axis.set(xlabel='level (fraction of the training data)', ylabel=f'validation {METRICS[metric]}', title=f'{table["config_id"].nunique()} configs, {n_seeds} seed{"s"*(n_seeds > 1)}')
+    _score_limits(axis, 'y', metric)
     return figure
 
 # %% ../nbs/70_visualization.ipynb #70visualizat012
 def plot_agreement(
-    agreement: pd.DataFrame, # One row a level and seed: level, spearman, regret, fte
+    agreement: pd.DataFrame, # One row a level and seed: level, metric, spearman, regret, fte
 ) -> Figure:
     "Rank correlation with the highest level and regret of choosing at a level, against its cost; mean and standard error over seeds"
     figure = Figure((7, 3.2), layout='constrained')
-    stats, n_seeds = agreement.groupby('level').agg(['mean', 'sem']), agreement['seed'].nunique()
-    for axis, column, label in zip(figure.subplots(1, 2), ('spearman', 'regret'), ('rank correlation with top level', 'accuracy lost by choosing here')):
+    lost, n_seeds = f'{METRICS[agreement["metric"].iloc[0]]} lost by choosing here', agreement['seed'].nunique()
+    stats = agreement.groupby('level')[['spearman', 'regret', 'fte']].agg(['mean', 'sem'])
+    for axis, column, label in zip(figure.subplots(1, 2), ('spearman', 'regret'), ('rank correlation with top level', lost)):
         axis.errorbar(stats['fte']['mean'], stats[column]['mean'], stats[column]['sem'] if n_seeds > 1 else None, marker='o', color=COLOURS['blue'], capsize=3)
         for level, row in stats.iterrows(): axis.annotate(f'{level:g}', (row['fte']['mean'], row[column]['mean']), xytext=(4, 4), textcoords='offset points', fontsize=7)
         axis.set(xlabel='cost of probing all configs (FTE)', ylabel=label)

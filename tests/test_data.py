@@ -11,7 +11,7 @@ from PIL import Image
 import llprobe.data as data
 from llprobe.core import InputError
 from llprobe.data import (DATASETS, cache_folder, cached_file, from_arrays, load_dataset, open_dataset, save_dataset,
-                          split_dataset, stratified_mask)
+                          split_dataset, strata, stratified_mask)
 
 ROOT = Path(__file__).parents[1]
 
@@ -236,15 +236,17 @@ def test_cached_file_is_named_by_content(tmp_path):
 
 # names
 
-@pytest.mark.parametrize('name, shape, k', [('digits', (1, 8, 8), 10), ('iris', (4,), 3), ('wine', (13,), 3), ('breast_cancer', (30,), 2)])
+@pytest.mark.parametrize('name, shape, k', [('digits', (1, 8, 8), 10), ('iris', (4,), 3), ('wine', (13,), 3), ('breast_cancer', (30,), 2), ('diabetes', (10,), 0)])
 def test_embedded(name, shape, k):
     d = load_dataset(name)
     assert (d.input_shape, d.n_classes, d.test_x) == (shape, k, None)
-    assert d.train_x.dtype == (torch.uint8 if d.is_image else torch.float32) and d.train_y.dtype == torch.int64
+    assert d.train_x.dtype == (torch.uint8 if d.is_image else torch.float32) and d.train_y.dtype == (torch.int64 if k else torch.float32)
+    assert (d.task, d.metric) == (('classification', 'accuracy') if k else ('regression', 'r2'))
 
 def test_fingerprint_stays():
     "A study on digits must still match it after an update"
     assert load_dataset('digits').fingerprint == '6ad77284cb749ac1'
+    assert load_dataset('diabetes').fingerprint == 'a43ec2233662c9f0'
 
 @pytest.mark.parametrize('name', ['nope', '', 'no/such/folder', 'Digits'])
 def test_unknown_name(name):
@@ -335,6 +337,35 @@ def test_no_network(tmp_path, load, monkeypatch):
         with pytest.raises(InputError, match=f'{name} is not in .* and cannot be downloaded') as error: load(name, root=tmp_path/'root')
         assert f'LLPROBE_DATA/{name}' in one_sentence(error)
     assert time.time()-started < 20
+
+@pytest.fixture
+def housing(tmp_path, monkeypatch):
+    "Makes scikit-learn download a small archive of its format from a folder, or from nowhere"
+    import io, tarfile
+    module = __import__('sklearn.datasets._california_housing', fromlist=['ARCHIVE'])
+    table = np.random.default_rng(0).uniform(1, 2, (60, 9))
+    text = '\n'.join(','.join(map(str, row)) for row in table).encode()
+    with tarfile.open(tmp_path/'housing.tgz', 'w:gz') as tar:
+        info = tarfile.TarInfo('CaliforniaHousing/cal_housing.data')
+        info.size = len(text)
+        tar.addfile(info, io.BytesIO(text))
+    def serve(url=None):
+        checksum = hashlib.sha256((tmp_path/'housing.tgz').read_bytes()).hexdigest()
+        monkeypatch.setattr(module, 'ARCHIVE', module.ARCHIVE._replace(url=url or (tmp_path/'housing.tgz').as_uri(), checksum=checksum))
+        return table
+    return serve
+
+def test_california_housing_format(tmp_path, load, housing):
+    table = housing()
+    d = load('california_housing')
+    assert (d.task, d.input_shape, len(d.train_y)) == ('regression', (8,), 60) and np.allclose(d.train_y, table[:, 8]/1e5)
+    housing('http://127.0.0.1:9/')
+    assert load('california_housing').fingerprint == d.fingerprint # kept in the cache
+
+def test_california_housing_without_network(tmp_path, load, housing):
+    housing('http://127.0.0.1:9/')
+    with pytest.raises(InputError, match=f'california_housing is not in {tmp_path/"root"} and cannot be downloaded') as error: load('california_housing', root=tmp_path/'root')
+    assert 'cal_housing' in one_sentence(error)
 
 
 # arrays
@@ -433,6 +464,79 @@ def test_moments_are_of_the_training_part():
     (dict(val_fraction=0.6, test_fraction=0.5), 'leave nothing'), (dict(val_fraction=0.45, test_fraction=0.45), 'too few samples')])
 def test_bad_split(options, message):
     with pytest.raises(InputError, match=message) as error: split_dataset(from_arrays(np.zeros((40, 1)), [0]*38+[1]*2), **options)
+    one_sentence(error)
+
+# regression
+
+finite = st.floats(-1e6, 1e6, width=32)
+targets = st.lists(finite, min_size=30, max_size=80).filter(lambda y: len(set(y)) > 1)
+
+def regression(y, **options): return from_arrays(np.arange(len(y))[:, None], y, task='regression', **options)
+
+def test_regression_round_trip(tmp_path):
+    d = regression([1, 2, 4, 8], test_x=[[0], [1]], test_y=[3., 5.], name='four')
+    assert d.train_y.tolist() == [1, 2, 4, 8] and d.test_y.dtype == torch.float32 and (d.classes, d.n_classes, d.n_outputs) == ((), 0, 1)
+    save_dataset(d, tmp_path/'four')
+    again = open_dataset(tmp_path/'four')
+    assert (again.task, again.fingerprint, repr(again)) == ('regression', d.fingerprint, repr(d)) and torch.equal(again.train_y, d.train_y)
+    assert regression([1, 2, 4, 9]).fingerprint != regression([1, 2, 4, 8]).fingerprint
+
+def test_a_file_from_before_tasks_is_a_classification(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    d = load_dataset('iris')
+    save_dataset(d, tmp_path/'new')
+    with safe_open(tmp_path/'new', 'pt') as file: metadata = file.metadata()
+    del metadata['task']
+    save_file(dict(train_x=d.train_x, train_y=d.train_y), tmp_path/'old', metadata)
+    assert open_dataset(tmp_path/'old').task == 'classification' and repr(open_dataset(tmp_path/'old')) == repr(d)
+
+@pytest.mark.parametrize('y, options, message', [
+    ([1.5]*4, {}, r'has one target only \(1.5, samples: 4\)'), ([1e9, 1e9+1]*2, {}, 'has one target only'), # the same float32
+    ([1, 2, float('nan'), 4], {}, 'y holds nan in row 2'), ([1, 2, 3, 1e39], {}, r'y holds 1e\+39 in row 3'), (['a', 'b']*2, {}, 'must be numbers'),
+    ([True, False]*2, {}, 'must be numbers'), ([1, 2, 3], {}, 'one number for each of the 4'), ([[1], [2], [3], [4]], {}, 'one number for each of the 4'),
+    ([1, 2, 3, 4], dict(classes=['a', 'b']), 'classes are for classification'), ([1, 2, 3, 4], dict(task='rank'), "got 'rank'")])
+def test_bad_targets(y, options, message):
+    with pytest.raises(InputError, match=message) as error: from_arrays(np.zeros((4, 1)), y, **dict(task='regression') | options)
+    one_sentence(error)
+
+def test_real_labels_are_told_about_regression():
+    with pytest.raises(InputError, match="task='regression'") as error: from_arrays(np.zeros((4, 1)), [0.5, 1, 2, 3])
+    one_sentence(error)
+
+@given(st.lists(finite, max_size=60), st.integers(1, 12))
+def test_strata_are_equal_bins_in_rank_order(y, n_bins):
+    bins, y = strata(torch.tensor(y), n_bins).numpy(), np.array(y, np.float32)
+    if not len(y): return
+    counts = np.bincount(bins)
+    assert len(counts) == max(1, min(n_bins, len(y)//2)) and counts.max() - counts.min() <= 1 and (counts.min() > 1 or len(y) < 2)
+    assert (np.diff(y[np.lexsort((y, bins))]) >= 0).all()
+
+@settings(deadline=None)
+@given(targets, st.integers(0, 5))
+def test_split_of_a_regression(y, seed):
+    d = regression(y)
+    try: s, again = (split_dataset(d, seed, 0.2, 0.2) for _ in range(2))
+    except InputError as error: assert 'one target only' in str(error); return
+    assert torch.cat([s.train, s.val, s.test]).sort().values.tolist() == list(range(len(y)))
+    assert all(torch.equal(getattr(s, part), getattr(again, part)) for part in ('train', 'val', 'test'))
+    bins = strata(d.train_y).numpy()
+    assert (abs(np.bincount(bins[s.train]) - np.bincount(bins)*len(s.train)/len(y)) < 1).all()
+    standard = s.samples('train')[1].double()
+    assert abs(standard.mean()) < 1e-3 and abs(standard.std(correction=0)-1) < 1e-3
+    for part in ('train', 'val', 'test'):
+        raw, standard = s.inputs(part)[1].double(), s.samples(part)[1].double()
+        assert torch.equal(raw, getattr(s, f'{part}_y').double()) and torch.allclose(standard*s.target_std + s.target_mean, raw, rtol=1e-5, atol=1e-5*(s.target_std+abs(s.target_mean)))
+        assert not torch.equal(raw, raw[:1].expand(len(raw)))
+
+def test_samples_of_classes_are_inputs():
+    s = split_dataset(load_dataset('iris'))
+    assert all(torch.equal(a, b) for a, b in zip(s.samples('val'), s.inputs('val'))) and (s.target_mean, s.target_std) == (0, 1)
+
+@pytest.mark.parametrize('part', ['val', 'test'])
+def test_a_part_with_one_target_is_refused(part):
+    with pytest.raises(InputError, match=f'the {part} part of arrays has one target only') as error:
+        split_dataset(regression(range(20)), **dict(val_fraction=0.2, test_fraction=0.2) | {f'{part}_fraction': 0.05})
     one_sentence(error)
 
 def test_global_random_state_is_untouched():

@@ -22,6 +22,25 @@ def test_finite_and_deterministic(seed, n_classes, n_each, shape, is_constant):
 
 def test_names_do_not_depend_on_the_data():
     assert list(data_features(split_dataset(load_dataset('digits')))) == list(data_features(split_dataset(load_dataset('iris'))))
+    assert 'n_classes' not in data_features(split_dataset(load_dataset('diabetes')))
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(2, 60), st.sampled_from([(1,), (7,), (3, 5, 4)]), st.sampled_from([0, 1, 1e-30, 1e30]), st.booleans())
+def test_finite_for_a_regression(seed, n, shape, scale, is_constant):
+    rng = np.random.default_rng(seed)
+    try: split = split_dataset(from_arrays(rng.random((n, *shape))*(not is_constant), rng.normal(size=n)*scale, task='regression'), seed)
+    except InputError: return
+    features = data_features(split, seed)
+    assert all(type(v) is float and math.isfinite(v) for v in features.values())
+    assert features == data_features(split, seed)
+    assert all(0 <= v <= 1 for k, v in features.items() if k.endswith('_r2'))
+
+def test_landmarks_of_a_regression():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1000, 3))
+    linear, noise = (data_features(split_dataset(from_arrays(x, y, task='regression'))) for y in (x@[1, 2, -1]*1e4+7, rng.exponential(size=1000)))
+    assert linear['landmark_ridge_r2'] > 0.999 and linear['landmark_neighbours_r2'] > 0.8 and abs(linear['target_skew']) < 0.3
+    assert noise['landmark_ridge_r2'] < 0.05 and noise['landmark_neighbours_r2'] == 0 and 1 < noise['target_skew'] < 3
 
 def test_other_parts_are_not_looked_at():
     d = load_dataset('digits')

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from llprobe.core import InputError
+from llprobe.data import strata
 from llprobe.sampler import STRATEGIES, feature_space, level_size, sample_level, sample_order
 
+targets = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=120).map(torch.tensor)
 INFORMED = ('herding', 'kcenter', 'el2n')
 labels = st.lists(st.integers(1, 40), min_size=2, max_size=9).flatmap(
     lambda counts: st.randoms(use_true_random=False).map(lambda r: torch.tensor(r.sample(ys := np.repeat(np.arange(len(counts)), counts).tolist(), len(ys)))))
@@ -76,6 +78,24 @@ def test_named_level_works(y, level, seed, strategy):
     smaller = smallest - 1e-4 - 1/len(y)
     if smaller > 0:
         with pytest.raises(InputError): sample_level(y, smaller, strategy, seed)
+
+@settings(deadline=None, max_examples=60)
+@given(targets, seed, level, level, st.sampled_from(STRATEGIES))
+def test_regression_levels_nest_and_are_stratified(y, seed, low, high, strategy):
+    low, high = sorted((low, high))
+    x, n = inputs(y/1e6), len(y)
+    order, bins = sample_order(y, strategy, seed, x), strata(y)
+    assert torch.equal(order, sample_order(y, strategy, seed, x)) and torch.equal(order.sort().values, torch.arange(n))
+    if strategy not in ('random', 'balanced'):
+        assert (abs(shares(bins, order)*n - np.arange(1, n+1)[:, None]*torch.bincount(bins).numpy()) < n).all()
+    small, large = (sample_level(y, max(l, 2/n), strategy, seed, x) for l in (low, high))
+    assert set(small.tolist()) <= set(large.tolist()) and len(small) >= 2
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_a_single_sample_is_too_little_for_a_regression(strategy):
+    y = torch.arange(300).float()
+    with pytest.raises(InputError, match='at least') as error: sample_level(y, 0.001, strategy, 0, inputs(y))
+    assert len(sample_level(y, float(re.search(r'at least ([\d.]+)', str(error.value))[1]), strategy, 0, inputs(y))) == 2
 
 @pytest.mark.parametrize('strategy', STRATEGIES)
 def test_seeds_differ_and_global_state_is_untouched(strategy):

@@ -34,9 +34,9 @@ def make_record(n, ids, n_epochs=20, n_responses=60):
     "The n-th probe of the tests' study, a function of n alone"
     value = random.Random(n).random
     return dict(config_id=ids[n % 8], config=CONFIGS[n % 8], level=(.1, .2, .4)[n//8 % 3], seed=n//24, purpose='probe',
-        status='ok', n_epochs=n_epochs, n_samples=128, val_accuracy=value(), val_loss=value(), test_accuracy=None, test_loss=None,
+        status='ok', n_epochs=n_epochs, n_samples=128, val_score=value(), val_loss=value(), test_score=None, test_loss=None,
         train_samples=128*n_epochs, forward_samples=n_responses*64., seconds=value(), error=None,
-        curve=[dict(epoch=e, train_loss=value(), val_loss=value(), val_accuracy=value(), gradient_norm=value(), seconds=value())
+        curve=[dict(epoch=e, train_loss=value(), val_loss=value(), val_score=value(), gradient_norm=value(), seconds=value())
                for e in range(n_epochs)],
         responses=[dict(kind='gaussian', radius=.1*(r//8), direction=r % 8, sample=('train', 'val')[r % 2], loss=value(),
                         accuracy=value(), margin=None, confidence=float('nan') if r % 3 else value()) for r in range(n_responses)])
@@ -217,13 +217,13 @@ def test_many_processes_make_the_same_database_at_once(fresh):
 real = st.floats(allow_nan=True, allow_infinity=True, width=64)
 maybe = st.none() | real
 words = st.text(max_size=40) | st.sampled_from(['', "'; DROP TABLE probe; --", '"quoted" \\ %s :name ?', 'naïve 深度 🧪', '\udcff\0', 'x'*2_000_000])
-curves = st.lists(st.fixed_dictionaries({k: maybe for k in ('train_loss', 'val_loss', 'val_accuracy', 'gradient_norm', 'seconds')}), max_size=4)
+curves = st.lists(st.fixed_dictionaries({k: maybe for k in ('train_loss', 'val_loss', 'val_score', 'gradient_norm', 'seconds')}), max_size=4)
 responses = st.lists(st.fixed_dictionaries(dict(kind=st.sampled_from(['gaussian', 'sam']), radius=st.floats(0, 10),
     direction=st.none() | st.integers(0, 9), sample=st.sampled_from(['train', 'val']), loss=maybe, accuracy=maybe, margin=maybe, confidence=maybe)), max_size=4)
 heads = st.fixed_dictionaries(dict(level=st.floats(0, 1, exclude_min=True), seed=st.integers(0, 2**63-1), purpose=st.sampled_from(['probe', 'final']),
     status=st.sampled_from(['ok', 'diverged', 'crashed']), n_epochs=st.none() | st.integers(0, 2**31-1), n_samples=st.none() | st.integers(0, 2**31-1),
     train_samples=st.none() | st.integers(0, 2**63-1), error=st.none() | words,
-    **{k: maybe for k in ('val_accuracy', 'val_loss', 'test_accuracy', 'test_loss', 'forward_samples', 'seconds')}))
+    **{k: maybe for k in ('val_score', 'val_loss', 'test_score', 'test_loss', 'forward_samples', 'seconds')}))
 values = st.none() | st.booleans() | st.integers(-2**40, 2**40) | real | words.filter(lambda w: len(w) < 100)
 hypers = st.dictionaries(st.text(max_size=8), values | st.lists(values, max_size=3), max_size=4)
 
@@ -283,7 +283,7 @@ def test_frames(fresh):
     clash = dict(seed=7, momentum=.9)
     ids += store.add_configs('s', [clash])
     store.add_probe('s', make_record(0, ids))
-    store.add_probe('s', make_record(1, ids) | dict(config_id=ids[-1], config=clash, status='diverged', val_loss=float('inf'), val_accuracy=None))
+    store.add_probe('s', make_record(1, ids) | dict(config_id=ids[-1], config=clash, status='diverged', val_loss=float('inf'), val_score=None))
     frame = store.probe_frame('s')
     assert list(frame.seed) == [0, 0] and frame.config_seed[1] == 7 and np.isnan(frame.learning_rate[1])
     assert frame.val_loss[1] == np.inf and frame.test_loss.dtype == 'float64' and frame.position.tolist() == [0, 8]
@@ -357,6 +357,15 @@ def test_damage_is_said_in_one_sentence(tmp_path):
     with pytest.raises(InputError, match='damaged'): open_store(tmp_path/'study.db').probes('s')
     (tmp_path/'study.db').write_bytes((tmp_path/'study.db').read_bytes()[:5000])
     with pytest.raises(InputError, match='damaged'): open_store(tmp_path/'study.db').probes('s')
+
+def test_an_older_schema_is_refused(fresh):
+    store, _ = begin(where := fresh())
+    with store._begin(write=True) as connection: connection.execute(sa.update(METADATA.tables['schema_version']).values(version=SCHEMA_VERSION-1))
+    store.close()
+    for read_only in (False, True):
+        with pytest.raises(InputError, match=f'an older llprobe .schema {SCHEMA_VERSION-1}, this one knows {SCHEMA_VERSION}.*begin the study again') as error:
+            open_store(where, read_only=read_only)
+        assert len(str(error.value).splitlines()) == 1
 
 def test_a_newer_schema_is_refused(fresh):
     where = fresh()

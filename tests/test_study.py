@@ -8,14 +8,19 @@ import sys
 import time
 from pathlib import Path
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
 from PIL import Image
 from sqlalchemy import create_engine, text
 
+from llprobe.batches import evaluate, task_loss
 from llprobe.checkpoint import load_checkpoint
 from llprobe.core import InputError
+from llprobe.data import Dataset, from_arrays
 from llprobe.probe import ProbeSettings
 from llprobe.space import SearchSpace
 from llprobe.store import open_store
@@ -24,6 +29,7 @@ from llprobe.training import TrainSettings
 
 LLPROBE = [sys.executable, '-m', 'llprobe.cli']
 STUDY = ['--dataset', 'digits', '--levels', '0.1', '0.2', '--configs', '8', '--epochs', '4', '--seed', '0', '--quiet']
+DIABETES = ['--dataset', 'diabetes', '--levels', '0.2', '0.5', '--configs', '6', '--epochs', '10', '--seed', '0', '--quiet']
 DETERMINISTIC = ('best_config', 'best_config_id', 'predicted', 'predictions', 'settings')
 
 
@@ -266,6 +272,135 @@ def test_tabular_data_runs_end_to_end(dataset, tmp_path):
     assert done.returncode == 0, done.stderr
     values = json.loads((tmp_path/'out'/'result.json').read_text())
     assert values['architecture'] == 'mlp' and values['reached']['test_accuracy'] > 0.8
+
+
+@pytest.fixture(scope='module')
+def regression(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp('regression')/'diabetes'
+    done = run(out, '--jobs', '1', arguments=DIABETES)
+    assert done.returncode == 0, done.stderr
+    assert 'reached test R²' in done.stdout and '%' not in done.stdout
+    return out
+
+
+def test_a_regression_runs_end_to_end(regression):
+    values = json.loads((regression/'result.json').read_text())
+    assert (values['metric'], values['architecture'], len(values['predictions'])) == ('r2', 'mlp', 6)
+    assert list(values['reached']) == ['val_r2', 'test_r2', 'val_loss', 'test_loss'] and list(values['predicted']) == ['val_r2', 'std']
+    assert 0.2 < values['reached']['test_r2'] < 0.8
+    page = (regression/'report.html').read_text()
+    assert 'validation R²' in page and 'accuracy' not in page
+    status = subprocess.run([*LLPROBE, 'status', str(regression)], capture_output=True, text=True)
+    assert status.returncode == 0 and 'best R²' in status.stdout and f'{values["reached"]["val_r2"]:.3f}' in status.stdout
+
+
+def test_the_weights_of_a_regression_reach_what_the_result_says(regression):
+    "Recomputed in the target's own units with scikit-learn"
+    from safetensors.torch import load_file
+    from sklearn.metrics import r2_score
+    from llprobe.data import load_dataset, split_dataset
+    from llprobe.models import build_model
+    from llprobe.training import network_input
+    values, split = json.loads((regression/'result.json').read_text()), split_dataset(load_dataset('diabetes'), 0)
+    model = build_model('mlp', values['best_config'], (10,), 1).eval()
+    model.load_state_dict(load_file(regression/'best.safetensors'))
+    for part in ('val', 'test'):
+        x, y = split.inputs(part)
+        with torch.no_grad():
+            predicted = model(network_input(split, x))[:, 0]*split.target_std + split.target_mean
+        assert values['reached'][f'{part}_r2'] == pytest.approx(r2_score(y, predicted), abs=1e-4)
+        assert values['reached'][f'{part}_loss'] == pytest.approx(float((predicted-y).square().mean())/split.target_std**2, rel=1e-4)
+
+
+def test_a_regression_resumed_from_its_database_is_as_uninterrupted(regression, tmp_path):
+    "The probes but the last are in the database; what a fresh search makes of them is the same"
+    with open_store(regression/'study.db', read_only=True) as store:
+        study, records = store.study('diabetes'), store.probes('diabetes')
+        configs = store.configs('diabetes')
+    with open_store(tmp_path/'study.db') as store:
+        store.create_study('diabetes', **{k: study[k] for k in ('settings', 'dataset', 'fingerprint', 'space', 'data_features', 'versions', 'metric')})
+        store.add_configs('diabetes', configs)
+        for record in [r for r in records if r['purpose'] == 'probe'][:-1]:
+            store.add_probe('diabetes', record)
+    done = run(tmp_path, '--jobs', '1', arguments=DIABETES)
+    assert done.returncode == 0, done.stderr
+    one, other = result(regression), result(tmp_path)
+    assert one == other
+
+
+def linear(config, input_shape, n_outputs):
+    return torch.nn.Linear(input_shape[0], n_outputs)
+
+
+def arrays(noise: float) -> Dataset:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(600, 5))
+    return from_arrays(x, 1e4 + 50*(x@[1, -2, 0.5, 0, 3] + noise*rng.normal(size=600)), task='regression')
+
+
+@pytest.mark.parametrize('r2', [0.5, 0.9, 1.0])
+def test_the_r2_of_a_linear_law_is_recovered(r2, tmp_path):
+    "The law explains a known share of the variance, far from zero and in large units, and the study reaches it"
+    noise = (14.25*(1/r2-1))**0.5
+    space = SearchSpace.from_dict(dict(architecture='mlp', hyperparameters=dict(learning_rate=[0.01, 0.03, 0.1], batch_size=32, momentum=0.9, weight_decay=[0.0, 1e-4])))
+    settings = StudySettings(levels=(0.2, 0.5), n_configs=4, probe=ProbeSettings(architecture=linear, train=TrainSettings(n_epochs=20)))
+    values = run_study(arrays(noise), tmp_path, space, settings, n_workers=1, progress=False)
+    n_test = 120
+    assert values['reached']['test_r2'] == pytest.approx(r2, abs=4*2*r2**0.5*(1-r2)/n_test**0.5+0.005)
+
+
+def test_a_regression_that_diverges_scores_chance_and_is_never_chosen(tmp_path):
+    space = SearchSpace.from_dict(dict(architecture='mlp', hyperparameters=dict(learning_rate=[0.03, 1e4], batch_size=32, weight_decay=[0.0, 1e-4])))
+    settings = StudySettings(levels=(0.2, 0.5), n_configs=4, probe=ProbeSettings(architecture=linear, train=TrainSettings(n_epochs=20)))
+    values = run_study(arrays(0.1), tmp_path, space, settings, n_workers=1, progress=False)
+    diverged = [p for p in values['predictions'] if p['config']['learning_rate'] == 1e4]
+    assert len(diverged) == 2 and all((p['status'], p['val_r2'], p['predicted']) == ('diverged', 0, 0) for p in diverged)
+    assert values['best_config']['learning_rate'] == 0.03 and values['reached']['test_r2'] > 0.9
+
+
+@settings_of_hypothesis(deadline=None, max_examples=50)
+@given(st.integers(2, 60), st.integers(1, 20), st.integers(0, 10**6), st.sampled_from([1e-3, 1, 1e5]), st.sampled_from([0, 1, -1e6]))
+def test_r2_is_scikit_learns_however_the_batches_are_cut(n, batch_size, seed, scale, shift):
+    from sklearn.metrics import r2_score
+    rng = np.random.default_rng(seed)
+    x, model = torch.from_numpy(rng.normal(size=(n, 3))), torch.nn.Linear(3, 1).double()
+    y = torch.from_numpy(shift+scale*rng.normal(size=n))
+    with torch.no_grad():
+        model.weight.mul_(scale), model.bias.fill_(shift)
+    scores = evaluate(model, x, y, batch_size=batch_size)
+    predicted = model(x).detach()[:, 0]
+    assert scores['r2'] == pytest.approx(r2_score(y, predicted), rel=1e-6, abs=1e-6)
+    assert scores['loss'] == pytest.approx(float((predicted-y).square().mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize('value', [0.1, 0.0, -3e7])
+def test_r2_of_a_constant_target_does_not_exist(value):
+    model = torch.nn.Linear(2, 1).double()
+    for n in (1, 7):
+        scores = evaluate(model, torch.randn(n, 2), torch.full((n,), value, dtype=torch.double), batch_size=3)
+        assert np.isnan(scores['r2']) and np.isfinite(scores['loss'])
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    for outputs in (torch.zeros(4), torch.zeros(4, 2), torch.zeros(3, 1)):
+        with pytest.raises(InputError, match=r'outputs \(n, 1\)'):
+            task_loss(outputs, torch.zeros(4))
+
+
+def test_label_smoothing_is_refused_for_a_regression(tmp_path):
+    settings = StudySettings(probe=ProbeSettings(train=TrainSettings(label_smoothing=0.1)))
+    with pytest.raises(InputError, match='label_smoothing must be 0 for a regression, got 0.1'):
+        run_study('diabetes', tmp_path, settings=settings, n_workers=1, progress=False)
+
+
+def test_images_can_be_regressed(tmp_path):
+    "Brightness is what to predict"
+    rng = np.random.default_rng(0)
+    level = rng.uniform(40, 200, 120)
+    x = (level[:, None, None]+rng.normal(0, 20, (120, 8, 8))).clip(0, 255).astype(np.uint8)
+    settings = StudySettings(levels=(0.5,), n_configs=4, probe=ProbeSettings(train=TrainSettings(n_epochs=10)))
+    values = run_study(from_arrays(x, level, task='regression'), tmp_path, settings=settings, n_workers=1, progress=False)
+    assert values['architecture'] == 'simple_cnn' and values['reached']['test_r2'] > 0.5
 
 
 def test_settings_that_differ_are_named(uninterrupted, capsys):

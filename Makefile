@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # uv does not read pip's variable for local wheels
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help demo test install lock notebook-test package-test prepare export clean-notebooks readme experiments figures bench bench-quick clean
+.PHONY: help demo test install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick clean
 .DELETE_ON_ERROR:
 
 help:              ## list the targets
@@ -60,9 +60,19 @@ figures: install         ## figures/DATASET from its probe runs, and from STUDY=
 	@mkdir -p runs/figures
 	$(EXPERIMENT) nbs/experiments/figures.ipynb 'runs/figures/$(notdir $(DATASET)).ipynb' -r dataset '$(DATASET)' -r study '$(STUDY)'
 
-# --- benchmark of the landscape against its peers, in their own environment --------------------------------------
+# --- yardsticks: one config on all of CIFAR-10, tested once ---------------------------------------------------------
+RECIPES      ?= paper best
+RECIPE_paper := {"num_channels": 32, "optimizer": "adam", "learning_rate": 0.001, "weight_decay": 0.0005, "dropout": 0.2, "batch_size": 128, "augment": "flip_crop"}
+RECIPE_best  := {"num_channels": 64, "optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0005, "dropout": 0.2, "batch_size": 128, "augment": "flip_crop"}
+recipes: $(foreach r,$(RECIPES),$(foreach s,$(SEEDS),runs/recipe/cifar10/$(r)/$(s)/result.json))  ## RECIPES for 30 epochs on all of CIFAR-10, SEEDS
+runs/recipe/cifar10/%/result.json: nbs/experiments/recipe.ipynb | $(VENV)/.installed
+	@mkdir -p $(@D)
+	$(EXPERIMENT) $< $(@D)/recipe.ipynb -r dataset cifar10 -r name $(*D) -r config '$(RECIPE_$(*D))' -p seed $(*F) -r out $(@D) \
+	  -r copy figures/cifar10/recipes/$(*D)-$(*F).json
+
+# --- benchmarks: landscapes against their peers, in an environment of their own; training -------------------------
 PEERS := .venv-peers
-bench: runs/bench/landscape/result.json  ## time landscapes and curvature against their peers (about 40 minutes on one core)
+bench: runs/bench/landscape/result.json runs/bench/training/result.json  ## time landscapes, curvature and training (about 50 minutes on two cores)
 $(PEERS)/.installed: | $(VENV)/.installed   ## the peers, with the same PyTorch
 	$(VENV)/bin/uv venv --quiet --allow-existing --python $(PY) $(PEERS)
 	$(VENV)/bin/uv pip install --quiet --python $(PEERS)/bin/python loss-landscapes==3.0.6 landscaper==1.3.1 pyhessian==0.1 \
@@ -71,9 +81,13 @@ $(PEERS)/.installed: | $(VENV)/.installed   ## the peers, with the same PyTorch
 runs/bench/landscape/result.json: nbs/experiments/bench_landscape.ipynb tests/bench_landscape.py $(PEERS)/.installed
 	@mkdir -p $(@D)
 	$(EXPERIMENT) $< $(@D)/bench_landscape.ipynb
-bench-quick: $(PEERS)/.installed   ## the same in five minutes: fewer repeats, the peers' planes scaled up from 5 x 5 points
-	@mkdir -p runs/bench/quick
-	$(EXPERIMENT) nbs/experiments/bench_landscape.ipynb runs/bench/quick/bench_landscape.ipynb -p repeats 3 -p peer_grid 5 -p out runs/bench/quick -p copy ''
+runs/bench/training/result.json: nbs/experiments/bench_training.ipynb tests/bench_training.py | $(VENV)/.installed
+	@mkdir -p $(@D)
+	$(EXPERIMENT) $< $(@D)/bench_training.ipynb
+bench-quick: $(PEERS)/.installed   ## the same in ten minutes: fewer repeats, the peers' planes scaled up from 5 x 5 points
+	@mkdir -p runs/bench/quick/landscape runs/bench/quick/training
+	$(EXPERIMENT) nbs/experiments/bench_landscape.ipynb runs/bench/quick/landscape/bench_landscape.ipynb -p repeats 3 -p peer_grid 5 -p out runs/bench/quick/landscape -p copy ''
+	$(EXPERIMENT) nbs/experiments/bench_training.ipynb runs/bench/quick/training/bench_training.ipynb -p repeats 2 -p n 1280 -p out runs/bench/quick/training -p copy ''
 
 clean:                   ## remove the environment and build products; runs and figures stay
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info

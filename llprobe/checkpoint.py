@@ -4,7 +4,7 @@
 
 # %% ../nbs/22_checkpoint.ipynb #22checkpoint003
 from __future__ import annotations
-import hashlib, json
+import hashlib, json, math
 from pathlib import Path
 from typing import Any
 from safetensors import SafetensorError, safe_open
@@ -56,10 +56,11 @@ def load_checkpoint(
 
 # %% ../nbs/22_checkpoint.ipynb #22checkpoint00b
 def _score(path: Path) -> float:
-    "The score in a checkpoint's facts; below all others if it cannot be read"
+    "The score in a checkpoint's facts; below all others if it cannot be read or is not a number"
     try:
-        with safe_open(path, 'pt') as file: return float(json.loads(file.metadata()['facts'])['score'])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError): return float('-inf')
+        with safe_open(path, 'pt') as file: score = float(json.loads(file.metadata()['facts'])['score'])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError): return -math.inf
+    return -math.inf if math.isnan(score) else score
 
 def prune_checkpoints(
     folder: str|Path, # Of `*.safetensors`

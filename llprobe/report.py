@@ -23,7 +23,8 @@ def read_result(
     "A finished study's result; raises `InputError` when there is none"
     path = Path(folder)/'result.json'
     if not path.exists(): raise InputError(f'{folder} holds no finished study (there is no {path.name} in it): run it to its end first')
-    return json.loads(path.read_text())
+    try: return json.loads(path.read_text())
+    except ValueError as error: raise InputError(f'{path} is damaged ({error}): run the study again, which only writes it anew') from None
 
 def study_figures(
     folder: str|Path, # A finished study's folder

@@ -178,7 +178,8 @@ def _begin(self: Store, write: bool = False) -> Iterator[sa.Connection]:
     except IntegrityError as error:
         raise InputError(f'{self.where} refuses this ({_reason(error)}): add studies and configs first, and every key once') from error
     except DatabaseError as error:
-        if type(error) is not DatabaseError or self.path is None: raise # its subclasses say nothing about the file
+        is_damage = type(error) is DatabaseError or 'no such' in _reason(error) # other subclasses say nothing about the file
+        if not is_damage or self.path is None: raise
         raise InputError(f'{self.where} is not an llprobe database, or damaged ({_reason(error)}): restore a copy') from error
 
 # %% ../nbs/41_store.ipynb #41store01d

@@ -358,6 +358,13 @@ def test_damage_is_said_in_one_sentence(tmp_path):
     (tmp_path/'study.db').write_bytes((tmp_path/'study.db').read_bytes()[:5000])
     with pytest.raises(InputError, match='damaged'): open_store(tmp_path/'study.db').probes('s')
 
+def test_a_missing_table_is_said_in_one_sentence(tmp_path):
+    begin(tmp_path/'study.db')[0].close()
+    engine = sa.create_engine(f'sqlite:///{tmp_path/"study.db"}')
+    with engine.begin() as connection: connection.execute(sa.text('drop table probe'))
+    engine.dispose()
+    with pytest.raises(InputError, match='damaged .no such table'): open_store(tmp_path/'study.db').probes('s')
+
 def test_an_older_schema_is_refused(fresh):
     store, _ = begin(where := fresh())
     with store._begin(write=True) as connection: connection.execute(sa.update(METADATA.tables['schema_version']).values(version=SCHEMA_VERSION-1))

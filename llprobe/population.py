@@ -5,10 +5,9 @@
 # %% ../nbs/43_population.ipynb #43population003
 from __future__ import annotations
 import os
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Iterable, Iterator, Sequence
-import pandas as pd, safetensors.torch, torch
+import pandas as pd, safetensors.torch
 from torch import nn
 from .core import InputError
 from .data import Dataset, cached_file

@@ -5,7 +5,7 @@
 # %% ../nbs/24_stack.ipynb #24stack003
 from __future__ import annotations
 import copy, math, time, warnings
-from typing import Any, Callable, Sequence
+from typing import Sequence
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def stack_key(
     "What members of a stack have in common"
     if config['sharpness_aware'] != 'none' or config['averaging'] != 'none' or not all(map(_is_known, model.modules())): return None
     layers = [(name, type(m).__name__, '' if isinstance(m, Dropout) else m.extra_repr()) for name, m in model.named_modules()]
-    shapes = [(name, tuple(t.shape), p.requires_grad) for name, t in model.state_dict(keep_vars=True).items() for p in [t]]
+    shapes = [(name, tuple(t.shape), t.requires_grad) for name, t in model.state_dict(keep_vars=True).items()]
     return tuple(layers), tuple(shapes), *(config[name] for name in _SHARED)
 
 # %% ../nbs/24_stack.ipynb #24stack008

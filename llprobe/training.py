@@ -5,7 +5,7 @@
 # %% ../nbs/23_training.ipynb #23training003
 from __future__ import annotations
 import contextlib, math, time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np, torch

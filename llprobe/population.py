@@ -64,8 +64,9 @@ def plan_groups(
     together: dict[Any, list[ProbeTask]] = {}
     for i, task in enumerate(tasks): together.setdefault((method != 'alone' and _key(task)) or i, []).append(task)
     groups = []
-    for members in together.values():
+    for key, members in together.items():
         stacked, reason = _reason(members, method)
+        if isinstance(key, int) and method != 'alone': reason = 'its layers, averaging or sharpness-aware steps cannot be stacked'
         size = max(_CPU_MEMBERS, -(-len(members)//n_workers)) if stacked else 1
         parts = [tuple(members[i:i+size]) for i in range(0, len(members), size)]
         groups += [Group(part, 'stack' if len(part) > 1 else 'alone', reason) for part in parts]
@@ -96,7 +97,9 @@ class Population:
     plan: pd.DataFrame      # One row a group: method, configs (their positions), reason
 
     def __repr__(self) -> str:
-        said = '; '.join(f'{len(row.configs)} by {row.method} ({row.reason})' for row in self.plan.itertuples())
+        counts: dict[tuple, int] = {}
+        for row in self.plan.itertuples(): counts[row.method, row.reason] = counts.get((row.method, row.reason), 0)+len(row.configs)
+        said = '; '.join(f'{n} {"stacked" if method == "stack" else "alone"} ({reason})' for (method, reason), n in counts.items())
         return f'Population({len(self.results)} configs: {said})'
 
 def _train_group(tasks: tuple[ProbeTask, ...]) -> list[tuple[bytes, TrainResult]]:

@@ -206,7 +206,7 @@ def test_a_population_is_the_same_however_it_is_trained():
     configs = [dict(width=8, depth=1, learning_rate=0.01*i, dropout=0.1*i) for i in range(1, 6)]
     settings, iris = ProbeSettings(architecture='mlp', train=CPU), load_dataset('iris')
     stacked, pool, serial = (train_population(configs, iris, settings=settings, n_workers=n, method=m) for n, m in ((1, 'stack'), (2, 'alone'), (1, 'alone')))
-    assert list(stacked.plan.method) == ['stack'] and set(pool.plan.method) == {'alone'} and 'by stack' in repr(stacked)
+    assert list(stacked.plan.method) == ['stack'] and set(pool.plan.method) == {'alone'} and '5 stacked (as asked)' in repr(stacked)
     assert [numbers(r.curve) for r in pool.results] == [numbers(r.curve) for r in serial.results]
     assert [r.val_loss for r in stacked.results] == pytest.approx([r.val_loss for r in serial.results], rel=1e-3)
     for a, b, c in zip(stacked.models, pool.models, serial.models):

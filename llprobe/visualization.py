@@ -68,7 +68,8 @@ def plot_responses(
 ) -> Figure:
     "Mean loss under filter-normalised Gaussian noise against its radius, one line a config"
     figure, axis = _figure()
-    scale = Normalize(scores.min() if metric == 'accuracy' else max(scores.min(), -0.5), scores.max())
+    low, high = scores.min(), scores.max()
+    scale = Normalize(low if metric == 'accuracy' else max(low, min(-0.5, high)), high) # as on an axis
     colours = ScalarMappable(scale, 'viridis')
     rows = responses[(responses.kind == 'gaussian') & (responses['level'] == level) & (responses['sample'] == sample)]
     for config, profile in rows.groupby('config_id'):

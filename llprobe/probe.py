@@ -13,11 +13,12 @@ from torch import Tensor
 from .core import InputError
 from .data import Split, open_dataset, split_dataset
 from .batches import evaluate
+from .custom_training import run_training
 from .models import build_model
 from .perturbation import probe_responses
 from .sampler import sample_level, sample_order
 from .space import config_id
-from .training import TrainSettings, isolated, network_input, resolve_device, train
+from .training import TrainResult, TrainSettings, isolated, network_input, resolve_device, train
 
 # %% auto #0
 __all__ = ['FORWARDS_PER_TRAIN_SAMPLE', 'ProbeSettings', 'ProbeTask', 'load_split', 'task_split', 'task_indices', 'run_probe',
@@ -36,6 +37,7 @@ class ProbeSettings:
     n_directions: int = 2                     # Noise directions at each radius
     sam_radii: tuple[float, ...] = (0.05,)    # Of the gradient-ascent step, in the weights' own norm
     n_response_samples: int = 128             # Training and validation samples the responses are measured on
+    training: str|Callable|None = None        # Trains in place of llprobe's loop: 'package.module:function' or a callable, see `custom_training`
 
 @dataclass(frozen=True)
 class ProbeTask:
@@ -95,27 +97,33 @@ def _responses(
         return probe_responses(model, samples, task.seed, s.radii, s.n_directions, s.sam_radii)
 
 # %% ../nbs/40_probe.ipynb #40probe00c
+def _train(task: ProbeTask, split: Split, indices: Tensor, on_epoch: Callable[[dict], None]|None) -> tuple[torch.nn.Module, TrainResult]:
+    "The trained model, and how the training went"
+    s, dataset = task.settings, split.dataset
+    if s.training is not None: return run_training(s.training, task.config, split, indices, task.level, s.train, task.seed, on_epoch)
+    model = build_model(s.architecture or 'simple_cnn', task.config, dataset.input_shape, dataset.n_classes, seed=task.seed)
+    return model, train(model, task.config, split, indices, s.train, task.seed, on_epoch)
+
+# %% ../nbs/40_probe.ipynb #40probe00e
 def run_probe(
     task: ProbeTask,
     on_epoch: Callable[[dict], None] | None = None, # Called with each new row of the curve
 ) -> dict[str, Any]: # A record as `store.Store.add_probe` takes it; of a final one also `weights`: bytes
     "Train, perturb, and write down what happened; raises `InputError` for a task that cannot run"
     start, split, indices = time.perf_counter(), task_split(task), task_indices(task)
-    dataset, settings = split.dataset, task.settings.train
-    model = build_model(task.settings.architecture or 'simple_cnn', task.config, dataset.input_shape, dataset.n_classes, seed=task.seed)
-    result = train(model, task.config, split, indices, settings, task.seed, on_epoch)
+    model, result = _train(task, split, indices, on_epoch)
     record = dict(_head(task, len(indices)), status=result.status, val_accuracy=result.val_accuracy, val_loss=result.val_loss,
                   train_samples=result.train_samples, forward_samples=float(result.forward_samples), curve=result.curve)
     if task.purpose == 'final':
-        test = _test(task, model) if result.status == 'ok' else dict(test_accuracy=1/dataset.n_classes, test_loss=math.nan)
-        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        test = _test(task, model) if result.status == 'ok' else dict(test_accuracy=1/split.dataset.n_classes, test_loss=math.nan)
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()} # safetensors refuses shared memory
         record |= dict(test, weights=safetensors.torch.save(state))
     elif result.status == 'ok':
         record['responses'], cost = _responses(task, model, indices)
         record['forward_samples'] += cost
     return record | dict(seconds=time.perf_counter()-start)
 
-# %% ../nbs/40_probe.ipynb #40probe00d
+# %% ../nbs/40_probe.ipynb #40probe00f
 def _head(task: ProbeTask, n_samples: int) -> dict[str, Any]:
     "The part of a record that is known before the training"
     return dict(config_id=config_id(task.config), config=task.config, level=task.level, seed=task.seed, purpose=task.purpose,
@@ -129,7 +137,7 @@ def _test(task: ProbeTask, model: torch.nn.Module) -> dict[str, float]:
     with isolated(0, device, task.settings.train.n_threads): scores = evaluate(model, network_input(split, x), y)
     return dict(test_accuracy=scores['accuracy'], test_loss=scores['loss'])
 
-# %% ../nbs/40_probe.ipynb #40probe00f
+# %% ../nbs/40_probe.ipynb #40probe011
 def crashed_record(
     task: ProbeTask,
     error: str, # What happened, in one line
@@ -139,7 +147,7 @@ def crashed_record(
     return dict(_head(task, len(task_indices(task))), status='crashed', val_accuracy=1/split.dataset.n_classes, val_loss=math.nan,
                 train_samples=0, forward_samples=0.0, seconds=0.0, error=error)
 
-# %% ../nbs/40_probe.ipynb #40probe017
+# %% ../nbs/40_probe.ipynb #40probe019
 FORWARDS_PER_TRAIN_SAMPLE = 3 # One forward pass, and a backward pass of about two
 
 def full_training_equivalents(

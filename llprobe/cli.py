@@ -24,8 +24,9 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     p.add_argument('--promote', type=float, default=0.5, help='share of configs that goes on to the next level; 1 keeps all')
     p.add_argument('--epochs', type=int, default=10, help='epochs of every training')
     p.add_argument('--seed', type=int, default=0, help='of the split, the subsets, the weights, the noise and the design')
-    p.add_argument('--space', type=Path, help='YAML or JSON file of the search space; by default that of simple_cnn (images) or mlp (features)')
-    p.add_argument('--architecture', help='name, or package.module:function; by default the space\'s')
+    p.add_argument('--space', type=Path, help='YAML or JSON file of the search space; by default that of the architecture or training')
+    p.add_argument('--architecture', help='name, timm:model, or package.module:function; by default the space\'s, else simple_cnn (images) or mlp (features)')
+    p.add_argument('--training', help='package.module:function (config, subset, seed) -> (curve, model) that trains in place of llprobe')
     _add_options(p)
     p.set_defaults(command=run)
 
@@ -62,15 +63,13 @@ def _settings(args: argparse.Namespace):
     from llprobe.study import StudySettings
     from llprobe.training import TrainSettings
     train = TrainSettings(n_epochs=args.epochs, schedule=args.schedule, augment=args.augment, device=args.device)
-    probe = ProbeSettings(architecture=args.architecture, strategy=args.strategy, train=train)
+    probe = ProbeSettings(architecture=args.architecture, strategy=args.strategy, train=train, training=args.training)
     return StudySettings(tuple(args.levels), args.configs, args.design, args.promote, args.seed, probe, args.population)
 
 def _space(args: argparse.Namespace):
-    "The space that the arguments name; None leaves it to the data set"
-    from llprobe.space import default_space, load_space
-    if args.space: return load_space(args.space)
-    is_named = args.architecture and ':' not in args.architecture
-    return default_space(args.architecture) if is_named else None
+    "The space that the arguments name; None leaves it to the architecture"
+    from llprobe.space import load_space
+    return load_space(args.space) if args.space else None
 
 # %% ../nbs/90_cli.ipynb #90cli009
 def run(args: argparse.Namespace) -> None:

@@ -15,21 +15,28 @@ FAMILIES = ('hp_', 'curve_', 'response_', 'data_')
 __all__ = ['FAMILIES', 'curve_features', 'response_features', 'feature_frame', 'feature_columns']
 
 # %% ../nbs/50_features.ipynb #50features005
+def _known(curve: list[dict], name: str) -> np.ndarray: # At least one value
+    "What is known of a column of the curve; one NaN if nothing is"
+    values = np.array([row[name] for row in curve], float)
+    known = values[~np.isnan(values)]
+    return known if len(known) else np.array([np.nan])
+
+@np.errstate(invalid='ignore') # the difference of two infinite losses
 def curve_features(
-    curve: list[dict], # Rows of a record's curve, by epoch
+    curve: list[dict], # Rows of a record's curve, by epoch; NaN where a number is missing
 ) -> dict[str, float]: # Empty for an empty curve
     "Summarise a curve"
     if not curve: return {}
-    column = {name: np.array([row[name] for row in curve], float) for name in ('train_loss', 'val_loss', 'val_score', 'gradient_norm')}
-    half, scores = column['val_loss'][len(curve)//2:], column['val_score'].clip(-1)
+    train_loss, val_loss, score, gradient_norm = (_known(curve, name) for name in ('train_loss', 'val_loss', 'val_score', 'gradient_norm'))
+    half, score = val_loss[len(val_loss)//2:], score.clip(-1)
     return dict(
-        curve_train_loss=column['train_loss'][-1], curve_train_loss_sum=column['train_loss'].sum(),
-        curve_val_loss=column['val_loss'][-1], curve_val_loss_slope=(half[-1]-half[0])/max(1, len(half)-1),
-        curve_gap=column['val_loss'][-1]-column['train_loss'][-1],
-        curve_val_score=scores[-1], curve_val_score_early=scores[(len(curve)-1)//4],
-        curve_log_gradient_norm=math.log(column['gradient_norm'][-1]+1e-12))
+        curve_train_loss=train_loss[-1], curve_train_loss_sum=train_loss.sum(),
+        curve_val_loss=val_loss[-1], curve_val_loss_slope=(half[-1]-half[0])/max(1, len(half)-1),
+        curve_gap=val_loss[-1]-train_loss[-1],
+        curve_val_score=score[-1], curve_val_score_early=score[(len(score)-1)//4],
+        curve_log_gradient_norm=math.log(gradient_norm[-1]+1e-12))
 
-# %% ../nbs/50_features.ipynb #50features008
+# %% ../nbs/50_features.ipynb #50features009
 def _signed_log(x: float) -> float: return math.copysign(math.log1p(abs(x)), x)
 
 def response_features(
@@ -48,7 +55,7 @@ def response_features(
         if 'accuracy' in change: features[f'response_{kind}_{radius:g}_{sample}_accuracy'] = change.accuracy
     return features
 
-# %% ../nbs/50_features.ipynb #50features00b
+# %% ../nbs/50_features.ipynb #50features00c
 def feature_frame(
     records: Iterable[dict], # Probe records, as `store.Store.probes` gives them
     space: SearchSpace, # Encodes the hyper-parameters

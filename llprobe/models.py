@@ -4,7 +4,7 @@
 
 # %% ../nbs/11_models.ipynb #11models003
 from __future__ import annotations
-import contextlib, importlib
+import contextlib, difflib, functools, importlib
 from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import InputError, derive_seed
 
 # %% auto #0
-__all__ = ['Architecture', 'ARCHITECTURES', 'Dropout', 'simple_cnn', 'mlp', 'resnet', 'architecture_name', 'evaluating',
-           'build_model', 'count_parameters', 'forward_flops']
+__all__ = ['Architecture', 'ARCHITECTURES', 'Dropout', 'simple_cnn', 'mlp', 'resnet', 'import_function', 'function_name',
+           'architecture_name', 'evaluating', 'build_model', 'count_parameters', 'forward_flops']
 
 # %% ../nbs/11_models.ipynb #11models005
 def _number(config: dict[str, Any], name: str, default: float, low: float, high: float=float('inf'), whole: bool=True) -> float:
@@ -113,24 +113,73 @@ def resnet(
         if isinstance(module, nn.Conv2d): nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
     return model
 
-# %% ../nbs/11_models.ipynb #11models014
+# %% ../nbs/11_models.ipynb #11models015
+def _reason(error: Exception) -> str:
+    "An exception in one line"
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+
+def import_function(
+    name: str, # 'package.module:function'
+    what: str='function', # What it is, for messages
+) -> Callable:
+    "The function that a name stands for; `InputError` when there is none"
+    module, _, function = name.partition(':')
+    try: found = getattr(importlib.import_module(module), function)
+    except Exception as error: # the user's module may raise anything
+        raise InputError(f"{what} {name!r} cannot be imported ({_reason(error)}): check its name and the Python path") from error
+    if callable(found): return found
+    raise InputError(f"{what} {name!r} is a {type(found).__name__}, not a function")
+
+def function_name(
+    function: str|Callable, # A name stands for itself
+) -> str: # 'package.module:function'
+    "The name by which another process can import a function; `InputError` when there is none"
+    if isinstance(function, str): return function
+    name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
+    with contextlib.suppress(InputError):
+        if import_function(name) is function: return name
+    raise InputError(f"{function!r} has no name to import it by: define it at the top level of a module")
+
+# %% ../nbs/11_models.ipynb #11models018
+def _import_timm() -> Any:
+    "The timm package; `InputError` when it is missing"
+    try:
+        import timm
+        return timm
+    except ImportError as error:
+        raise InputError(f"architectures timm:… need timm, which cannot be imported ({error}): pip install 'llprobe[timm]'") from error
+
+def _timm(name: str, config: dict[str, Any], input_shape: tuple[int, ...], n_classes: int) -> nn.Module:
+    "A model of timm for these inputs"
+    timm, shape = _import_timm(), 'x'.join(map(str, input_shape))
+    if not timm.is_model(name):
+        close = ', '.join(difflib.get_close_matches(name, timm.list_models(), 3))
+        raise InputError(f"timm has no model {name!r}: choose {close or 'a name'} from timm.list_models()")
+    if len(input_shape) != 3: raise InputError(f"timm:{name} needs images (channels, height, width), got inputs of shape {shape}: use mlp")
+    options = dict(num_classes=n_classes, in_chans=input_shape[0], drop_rate=_number(config, 'dropout', 0., 0, 1, whole=False))
+    try:
+        settings = timm.models.get_pretrained_cfg(name)
+        if settings and settings.fixed_input_size: options['img_size'] = tuple(input_shape[1:])
+        model = timm.create_model(name, pretrained=False, **options)
+        with _trying_out(model): model(_zeros(model, 2, input_shape))
+    except Exception as error:
+        raise InputError(f"timm:{name} cannot be built for images of shape {shape} ({_reason(error)}): choose another model, or larger images") from error
+    return model
+
+# %% ../nbs/11_models.ipynb #11models01a
 Architecture = Callable[[dict[str, Any], tuple[int, ...], int], nn.Module]
 ARCHITECTURES: dict[str, Architecture] = dict(simple_cnn=simple_cnn, mlp=mlp, resnet=resnet)
 
 def _find(architecture: str|Architecture) -> Architecture:
-    "The function that a name, 'package.module:function' or a callable stands for"
+    "The function that a name, 'timm:model', 'package.module:function' or a callable stands for"
     if callable(architecture): return architecture
     if architecture in ARCHITECTURES: return ARCHITECTURES[architecture]
-    module, colon, function = str(architecture).partition(':')
-    if not colon:
-        raise InputError(f"unknown architecture {architecture!r}: choose from {', '.join(ARCHITECTURES)}, or 'package.module:function'")
-    try: found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"architecture {architecture!r} cannot be imported ({error}): check its name and the Python path") from error
-    if callable(found): return found
-    raise InputError(f"architecture {architecture!r} is a {type(found).__name__}, not a function (config, input_shape, n_classes)")
+    name = str(architecture)
+    if name.startswith('timm:'): return functools.partial(_timm, name.removeprefix('timm:'))
+    if ':' in name: return import_function(name, 'architecture')
+    raise InputError(f"unknown architecture {architecture!r}: choose from {', '.join(ARCHITECTURES)}, 'timm:model', or 'package.module:function'")
 
-# %% ../nbs/11_models.ipynb #11models017
+# %% ../nbs/11_models.ipynb #11models01d
 def architecture_name(
     architecture: str|Architecture, # As in `build_model`
 ) -> str: # A name that `build_model` understands
@@ -138,12 +187,9 @@ def architecture_name(
     if isinstance(architecture, str): return architecture
     for name, function in ARCHITECTURES.items():
         if architecture is function: return name
-    name = f"{getattr(architecture, '__module__', '')}:{getattr(architecture, '__qualname__', '')}"
-    with contextlib.suppress(InputError):
-        if _find(name) is architecture: return name
-    raise InputError(f"{architecture!r} has no name to import it by: define it at the top level of a module")
+    return function_name(architecture)
 
-# %% ../nbs/11_models.ipynb #11models01a
+# %% ../nbs/11_models.ipynb #11models020
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     "Evaluation mode inside the block; each module's own mode after it"
@@ -161,7 +207,7 @@ def _zeros(model: nn.Module, n: int, input_shape: tuple[int, ...]) -> Tensor:
     "`n` samples of zeros where the model is"
     return torch.zeros(n, *input_shape, device=next((p.device for p in model.parameters()), 'cpu'))
 
-# %% ../nbs/11_models.ipynb #11models01b
+# %% ../nbs/11_models.ipynb #11models021
 def _try_out(architecture: str|Architecture, model: Any, input_shape: tuple[int, ...], n_classes: int) -> None:
     "Raise `InputError` unless a user's architecture keeps its promise"
     if not isinstance(model, nn.Module):
@@ -171,9 +217,9 @@ def _try_out(architecture: str|Architecture, model: Any, input_shape: tuple[int,
     if shape != (2, n_classes):
         raise InputError(f"architecture {architecture!r} must turn 2 samples into outputs (2, {n_classes}), got {shape}")
 
-# %% ../nbs/11_models.ipynb #11models01c
+# %% ../nbs/11_models.ipynb #11models022
 def build_model(
-    architecture: str|Architecture, # A name in `ARCHITECTURES`, 'package.module:function', or a callable
+    architecture: str|Architecture, # A name in `ARCHITECTURES`, 'timm:model', 'package.module:function', or a callable
     config: dict[str, Any], # Hyper-parameters; the architecture ignores those it does not know
     input_shape: tuple[int, ...], # Of one sample: (channels, height, width) or (features,)
     n_classes: int, # Outputs
@@ -187,14 +233,14 @@ def build_model(
         if function not in ARCHITECTURES.values(): _try_out(architecture, model, input_shape, n_classes)
     return model
 
-# %% ../nbs/11_models.ipynb #11models021
+# %% ../nbs/11_models.ipynb #11models029
 def count_parameters(
     model: nn.Module, # Any
 ) -> int: # Trainable ones; buffers such as BatchNorm's statistics are none
     "How many numbers the optimiser may change"
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../nbs/11_models.ipynb #11models023
+# %% ../nbs/11_models.ipynb #11models02b
 def forward_flops(
     model: nn.Module, # Any
     input_shape: tuple[int, ...], # Of one sample

@@ -35,7 +35,7 @@ class Group:
 def _key(task: ProbeTask) -> tuple|None:
     "Equal for tasks that can be stacked; None for one that must be trained alone"
     s, d = task.settings, task_split(task).dataset
-    if task.purpose != 'probe' or task.checkpoint: return None
+    if task.purpose != 'probe' or task.checkpoint or s.training is not None: return None
     model = build_model(s.architecture or 'simple_cnn', task.config, d.input_shape, d.n_outputs)
     key = stack_key(model, resolve_config(task.config, s.train.shared, d.task))
     return key and (key, task.data_path, task.level, task.seed, s)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .core import InputError
 from .data import Split, open_dataset, split_dataset
 from .batches import evaluate
+from .custom_training import run_training
 from .models import build_model
 from .perturbation import probe_responses
 from .sampler import sample_level, sample_order
@@ -37,6 +38,7 @@ class ProbeSettings:
     n_directions: int = 2                     # Noise directions at each radius
     sam_radii: tuple[float, ...] = (0.05,)    # Of the gradient-ascent step, in the weights' own norm
     n_response_samples: int = 128             # Training and validation samples the responses are measured on
+    training: str|Callable|None = None        # Trains in place of llprobe's loop: 'package.module:function' or a callable, see `custom_training`
 
 @dataclass(frozen=True)
 class ProbeTask:
@@ -97,7 +99,7 @@ def _responses(
         rows, cost = probe_responses(model, samples, task.seed, s.radii, s.n_directions, s.sam_radii)
     return [{name: value for name, value in row.items() if name != 'r2'} for row in rows], cost # on the same samples R² says what the loss says
 
-# %% ../nbs/40_probe.ipynb #40probe00c
+# %% ../nbs/40_probe.ipynb #40probe00d
 def train_tasks(
     tasks: Sequence[ProbeTask], # Of one data set, level, seed and settings
     on_epoch: Callable[[dict], None] | None = None, # Called with each new row of the curve of a single task
@@ -105,6 +107,7 @@ def train_tasks(
     "Build and train; several tasks as one stack"
     first, split, indices = tasks[0], task_split(tasks[0]), task_indices(tasks[0])
     s, dataset = first.settings, split.dataset
+    if s.training is not None: return [run_training(s.training, t.config, split, indices, t.level, s.train, t.seed, on_epoch) for t in tasks]
     models = [build_model(s.architecture or 'simple_cnn', t.config, dataset.input_shape, dataset.n_outputs, seed=t.seed) for t in tasks]
     if len(tasks) > 1: return list(zip(models, train_stack(models, [t.config for t in tasks], split, indices, s.train, first.seed)))
     return [(models[0], train(models[0], first.config, split, indices, s.train, first.seed, on_epoch, first.checkpoint))]
@@ -116,14 +119,14 @@ def _finish(task: ProbeTask, model: torch.nn.Module, result: TrainResult) -> dic
                   train_samples=result.train_samples, forward_samples=float(result.forward_samples), curve=result.curve)
     if task.purpose == 'final':
         test = _test(task, model) if result.status == 'ok' else dict(test_score=dataset.chance_score, test_loss=math.nan)
-        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()} # safetensors refuses shared memory
         record |= dict(test, weights=safetensors.torch.save(state))
     elif result.status == 'ok':
         record['responses'], cost = _responses(task, model, indices)
         record['forward_samples'] += cost
     return record | dict(seconds=result.seconds+time.perf_counter()-start)
 
-# %% ../nbs/40_probe.ipynb #40probe00d
+# %% ../nbs/40_probe.ipynb #40probe00e
 def run_probes(
     tasks: Sequence[ProbeTask], # Of one data set, level, seed and settings
 ) -> list[dict[str, Any]]: # Their records
@@ -138,7 +141,7 @@ def run_probe(
     [(model, result)] = train_tasks([task], on_epoch)
     return _finish(task, model, result)
 
-# %% ../nbs/40_probe.ipynb #40probe00e
+# %% ../nbs/40_probe.ipynb #40probe00f
 def _head(task: ProbeTask, n_samples: int) -> dict[str, Any]:
     "The part of a record that is known before the training"
     return dict(config_id=config_id(task.config), config=task.config, level=task.level, seed=task.seed, purpose=task.purpose,
@@ -152,7 +155,7 @@ def _test(task: ProbeTask, model: torch.nn.Module) -> dict[str, float]:
     with isolated(0, device, task.settings.train.n_threads): scores = evaluate(model, network_input(split, x), y)
     return dict(test_score=scores[split.dataset.metric], test_loss=scores['loss'])
 
-# %% ../nbs/40_probe.ipynb #40probe010
+# %% ../nbs/40_probe.ipynb #40probe011
 def crashed_record(
     task: ProbeTask,
     error: str, # What happened, in one line
@@ -162,7 +165,7 @@ def crashed_record(
     return dict(_head(task, len(task_indices(task))), status='crashed', val_score=chance, val_loss=math.nan,
                 train_samples=0, forward_samples=0.0, seconds=0.0, error=error)
 
-# %% ../nbs/40_probe.ipynb #40probe018
+# %% ../nbs/40_probe.ipynb #40probe019
 FORWARDS_PER_TRAIN_SAMPLE = 3 # One forward pass, and a backward pass of about two
 
 def full_training_equivalents(

@@ -149,7 +149,7 @@ class _Definition:
     "Hyper-parameters, their values and conditions"
     def __init__(
         self,
-        architecture: str, # A name in `models.ARCHITECTURES`, or 'package.module:function'
+        architecture: str, # A name in `models.ARCHITECTURES`, 'timm:model', or 'package.module:function'
         hyperparameters: dict[str, Any], # Each written as in the table above
     ):
         if not isinstance(architecture, str): raise InputError(f"architecture must be a name, got {architecture!r}")
@@ -344,10 +344,12 @@ _DEFAULTS = dict(
     resnet=dict(num_channels=[8, 16, 32], num_blocks=[1, 2, 3]) | _TRAINING)
 
 def default_space(
-    architecture: str='simple_cnn', # simple_cnn, mlp or resnet
+    architecture: str='simple_cnn', # simple_cnn, mlp, resnet, 'timm:model', or 'package.module:function'
 ) -> SearchSpace:
     "The space to search when the user gives none"
     if architecture in _DEFAULTS: return SearchSpace(architecture, _DEFAULTS[architecture])
+    if architecture.startswith('timm:'): return SearchSpace(architecture, dict(dropout=dict(low=0.0, high=0.5)) | _TRAINING)
+    if ':' in architecture: return SearchSpace(architecture, _TRAINING)
     raise InputError(f"there is no default space for {architecture!r}: choose from {', '.join(_DEFAULTS)}, or write a space")
 
 # %% ../nbs/10_space.ipynb #10space035
@@ -361,7 +363,7 @@ def describe(
         return dict(hyperparameter=hp.name, kind=kind, values=values, when=_condition(space, hp.name))
     return pd.DataFrame([row(space.configspace[name]) for name in space.declared]).set_index('hyperparameter')
 
-# %% ../nbs/10_space.ipynb #10space03c
+# %% ../nbs/10_space.ipynb #10space03d
 class _Loader(yaml.SafeLoader):
     "YAML in which 1e-4 is a number and a repeated key an error"
     def construct_mapping(self, node: yaml.MappingNode, deep: bool=False) -> dict[Any, Any]:
@@ -382,7 +384,7 @@ def _save(space: SearchSpace, path: str|Path) -> None:
     text = yaml.dump(space.to_dict(), Dumper=_Dumper, sort_keys=False, default_flow_style=None)
     with atomic_path(path) as temporary: temporary.write_text(text)
 
-# %% ../nbs/10_space.ipynb #10space03d
+# %% ../nbs/10_space.ipynb #10space03e
 def load_space(
     path: str|Path, # JSON if it ends in .json, otherwise YAML
 ) -> SearchSpace:

@@ -12,11 +12,12 @@ from typing import Any, Callable, Iterator
 import torch
 from tqdm.auto import tqdm
 from .core import InputError, atomic_path, name_scores, plain, show_score, write_json
+from .custom_training import check_training
 from .data import Dataset, Split, cached_file, load_dataset
 from .dataset_features import data_features
 from .execution import Workers
 from .metamodel import PowerLawModel
-from .models import architecture_name, build_model, forward_flops
+from .models import architecture_name, build_model, forward_flops, function_name
 from .optimization import resolve_config
 from .population import METHODS, probe_population
 from .probe import ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
@@ -46,14 +47,16 @@ class StudySettings:
         values = asdict(self)
         del values['probe']['train']['device'], values['probe']['train']['n_threads']
         if self.probe.architecture is not None: values['probe']['architecture'] = architecture_name(self.probe.architecture)
+        if self.probe.training is None: del values['probe']['training'] # as in studies from before there was a choice
+        else: values['probe']['training'] = function_name(self.probe.training)
         return plain(values)
 
 # %% ../nbs/61_study.ipynb #61study008
-def _check_importable(architecture: str|Callable|None, n_workers: int) -> None:
+def _check_importable(function: str|Callable|None, n_workers: int) -> None:
     "A function defined in a notebook cannot be imported by worker processes"
-    in_notebook = getattr(architecture, '__module__', '') == '__main__' and not hasattr(sys.modules['__main__'], '__file__')
+    in_notebook = getattr(function, '__module__', '') == '__main__' and not hasattr(sys.modules['__main__'], '__file__')
     if n_workers > 1 and in_notebook:
-        raise InputError(f'{architecture.__qualname__} cannot be imported by worker processes: move it to a module, or run with one worker')
+        raise InputError(f'{function.__qualname__} cannot be imported by worker processes: move it to a module, or run with one worker')
 
 def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -> None:
     "Raise `InputError` for what would fail later"
@@ -62,12 +65,22 @@ def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -
     if settings.population not in (None, *METHODS): raise InputError(f'population must be one of {", ".join(METHODS)}, got {settings.population!r}')
     if s.train.n_epochs < 1: raise InputError(f'epochs must be at least 1, got {s.train.n_epochs}')
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
-    for config in configs:
+    if s.training is not None: check_training(s.training, s.train)
+    for config in configs if s.training is None else ():
         resolve_config(config, s.train.shared, split.dataset.task)
         build_model(s.architecture, config, split.dataset.input_shape, split.dataset.n_outputs)
     for level in settings.levels: task_indices(ProbeTask(data_path, configs[0], level, settings.seed, settings=s))
 
 # %% ../nbs/61_study.ipynb #61study00a
+def _complete(probe: ProbeSettings, space: SearchSpace|None, is_image: bool) -> tuple[ProbeSettings, SearchSpace]:
+    "The settings with their architecture, and the space"
+    architecture, training = probe.architecture and architecture_name(probe.architecture), probe.training and function_name(probe.training)
+    if training and architecture not in (None, training):
+        raise InputError(f'training {training!r} makes its own model, so there is no place for the architecture {architecture!r}: leave out one of them')
+    space = space or default_space(training or architecture or ('simple_cnn' if is_image else 'mlp'))
+    return replace(probe, architecture=training or probe.architecture or space.architecture), space
+
+# %% ../nbs/61_study.ipynb #61study00c
 @dataclass
 class Study:
     "An opened study: its data, its search, its store"
@@ -88,7 +101,7 @@ class Study:
         self.store.add_probe(self.name, record)
         self.search.tell(record)
 
-# %% ../nbs/61_study.ipynb #61study00b
+# %% ../nbs/61_study.ipynb #61study00d
 def versions() -> dict[str, str]: # Version by package
     "What the numbers were computed with"
     packages = ('llprobe', 'torch', 'numpy', 'scikit-learn', 'ConfigSpace')
@@ -108,11 +121,11 @@ def default_workers(
     if resolve_device(device).type != 'cpu': return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-# %% ../nbs/61_study.ipynb #61study00d
+# %% ../nbs/61_study.ipynb #61study00f
 def open_study(
     dataset: str|Path|Dataset, # A name, a folder of images, or a data set
     out: str|Path, # Folder of the study, made when missing
-    space: SearchSpace|None = None, # By default that of `simple_cnn` for images and of `mlp` for features
+    space: SearchSpace|None = None, # By default that of the architecture or the training; of `simple_cnn` for images and of `mlp` for features
     settings: StudySettings = StudySettings(),
     name: str|None = None, # Of the study in its database; by default the data set's
     progress: bool = True, # Show a bar while images are read?
@@ -121,8 +134,8 @@ def open_study(
     settings = replace(settings, levels=check_levels(settings.levels))
     out = _writable_folder(out)
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, progress=progress)
-    space = space or default_space('simple_cnn' if dataset.is_image else 'mlp')
-    settings = replace(settings, probe=replace(settings.probe, architecture=settings.probe.architecture or space.architecture))
+    probe, space = _complete(settings.probe, space, dataset.is_image)
+    settings = replace(settings, probe=probe)
     data_path, s = str(cached_file(dataset)), settings.probe
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     configs = space.sample(settings.n_configs, settings.seed, settings.design)
@@ -137,7 +150,7 @@ def open_study(
     store.add_configs(name, configs)
     return Study(name, out, settings, split, data_path, store, search)
 
-# %% ../nbs/61_study.ipynb #61study00f
+# %% ../nbs/61_study.ipynb #61study011
 def _writable_folder(out: str|Path) -> Path:
     "Make the folder and see that a file can be written there"
     out = Path(out).expanduser().absolute()
@@ -149,7 +162,7 @@ def _writable_folder(out: str|Path) -> Path:
     except OSError as e: raise InputError(f'{out} cannot be written ({e.strerror or e}): choose another folder') from None
     return out.resolve()
 
-# %% ../nbs/61_study.ipynb #61study011
+# %% ../nbs/61_study.ipynb #61study013
 def _record(task: ProbeTask, result: Any) -> dict[str, Any]:
     "A record of whatever came out"
     if isinstance(result, InputError): raise result
@@ -173,10 +186,11 @@ def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: tqdm) ->
     if all(r['status'] == 'crashed' for r in records):
         raise InputError(f'all {len(records)} probes at level {trials[0].level:g} crashed, the first with {records[0]["error"]}: mend the model or the space')
 
-# %% ../nbs/61_study.ipynb #61study013
+# %% ../nbs/61_study.ipynb #61study015
 def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) -> int: # CPU threads of the full training
-    "All cores if a batch takes `enough` multiply-adds, else one"
+    "All cores if a batch is known to take `enough` multiply-adds, else one"
     dataset, s = study.split.dataset, study.settings.probe
+    if s.training is not None: return 1
     flops = forward_flops(build_model(s.architecture, config, dataset.input_shape, dataset.n_outputs), dataset.input_shape)
     return n_workers if flops*resolve_config(config, s.train.shared, dataset.task)['batch_size'] >= enough else 1
 
@@ -200,7 +214,7 @@ def _run_final(study: Study, trial: Trial, n_workers: int, executor: Executor|No
     study.take(record)
     checkpoint.unlink(missing_ok=True)
 
-# %% ../nbs/61_study.ipynb #61study014
+# %% ../nbs/61_study.ipynb #61study016
 def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: bool) -> list[Trial]: # The full training that is due, if any
     "Tell the search what the store holds, and probe what it then asks for"
     for record in study.store.probes(study.name): study.search.tell(record)
@@ -216,21 +230,21 @@ def _bar(study: Study, progress: bool) -> tqdm:
     done = sum(key[2] == 'probe' for key in study.search.records)
     return tqdm(total=sum(study.search.rung_sizes()), initial=done, unit='probe', disable=not progress)
 
-# %% ../nbs/61_study.ipynb #61study015
+# %% ../nbs/61_study.ipynb #61study017
 @contextlib.contextmanager
 def _driving(dataset, out, space, settings: StudySettings, name, n_workers: int|None, wait: bool|float,
              progress: bool) -> Iterator[tuple[Study, int]]:
     "An opened study of which this process is the only driver, and the number of workers"
     if n_workers is not None and n_workers < 1: raise InputError(f'jobs must be at least 1, got {n_workers}')
     n_workers = n_workers or default_workers(settings.probe.train.device)
-    _check_importable(settings.probe.architecture, n_workers)
+    for function in (settings.probe.architecture, settings.probe.training): _check_importable(function, n_workers)
     study = open_study(dataset, out, space, settings, name, progress)
     with study.store as store, store.lock(study.name, wait): yield study, n_workers
 
 def run_study(
     dataset: str|Path|Dataset, # A name, a folder of images, or a data set
     out: str|Path, # Folder of the study: database, weights, result.json
-    space: SearchSpace|None = None, # By default that of `simple_cnn` for images and of `mlp` for features
+    space: SearchSpace|None = None, # By default that of the architecture or the training; of `simple_cnn` for images and of `mlp` for features
     settings: StudySettings = StudySettings(),
     name: str|None = None, # Of the study in its database; by default the data set's
     n_workers: int|None = None, # Probes at once; by default one per core, or one on a GPU
@@ -245,7 +259,7 @@ def run_study(
         write_json(study.out/'result.json', result)
     return result
 
-# %% ../nbs/61_study.ipynb #61study017
+# %% ../nbs/61_study.ipynb #61study019
 def run_probes(
     dataset: str|Path|Dataset, # As for `run_study`, and so on
     out: str|Path,
@@ -266,7 +280,7 @@ def run_probes(
         probes = [name_scores({k: r[k] for k in kept}, metric) | dict(fte=full_training_equivalents([r], *size)) for r in records]
         return plain(_facts(study) | dict(probes=probes))
 
-# %% ../nbs/61_study.ipynb #61study019
+# %% ../nbs/61_study.ipynb #61study01b
 def _cost(study: Study) -> dict[str, Any]:
     "What the study cost, in full-training equivalents and in seconds of one worker"
     records, n = list(study.search.records.values()), (len(study.split.train), study.settings.probe.train.n_epochs)
@@ -278,7 +292,7 @@ def _cost(study: Study) -> dict[str, Any]:
     return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(study.settings.n_configs)),
                 seconds=seconds | dict(total=sum(seconds.values())))
 
-# %% ../nbs/61_study.ipynb #61study01a
+# %% ../nbs/61_study.ipynb #61study01c
 def _predictions(study: Study) -> list[dict[str, Any]]: # Best first
     "What was seen of each config, and what was predicted"
     search, rows = study.search, []

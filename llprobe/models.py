@@ -14,7 +14,8 @@ from .core import InputError, derive_seed
 
 # %% auto #0
 __all__ = ['Architecture', 'ARCHITECTURES', 'Dropout', 'simple_cnn', 'mlp', 'resnet', 'import_function', 'function_name',
-           'architecture_name', 'evaluating', 'build_model', 'count_parameters', 'forward_flops']
+           'architecture_hyperparameters', 'architecture_name', 'evaluating', 'build_model', 'count_parameters',
+           'forward_flops']
 
 # %% ../nbs/11_models.ipynb #11models005
 def _number(config: dict[str, Any], name: str, default: float, low: float, high: float=float('inf'), whole: bool=True) -> float:
@@ -169,6 +170,14 @@ def _timm(name: str, config: dict[str, Any], input_shape: tuple[int, ...], n_cla
 # %% ../nbs/11_models.ipynb #11models01a
 Architecture = Callable[[dict[str, Any], tuple[int, ...], int], nn.Module]
 ARCHITECTURES: dict[str, Architecture] = dict(simple_cnn=simple_cnn, mlp=mlp, resnet=resnet)
+_HYPERPARAMETERS = dict(simple_cnn=('num_channels', 'dropout'), mlp=('depth', 'width', 'dropout'), resnet=('num_channels', 'num_blocks'))
+
+def architecture_hyperparameters(
+    architecture: str|Architecture, # As in `build_model`
+) -> tuple[str, ...]|None: # None if they cannot be known: a user's function may read any
+    "The hyper-parameters that an architecture reads"
+    if isinstance(architecture, str) and architecture.startswith('timm:'): return ('dropout',)
+    return next((_HYPERPARAMETERS[name] for name, function in ARCHITECTURES.items() if architecture in (name, function)), None)
 
 def _find(architecture: str|Architecture) -> Architecture:
     "The function that a name, 'timm:model', 'package.module:function' or a callable stands for"

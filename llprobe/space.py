@@ -20,7 +20,7 @@ __all__ = ['OPTIMIZERS', 'DESIGNS', 'SearchSpace', 'config_id', 'default_space',
 
 # %% ../nbs/10_space.ipynb #10space005
 OPTIMIZERS = ('sgd', 'adam', 'adamw')
-_REAL = ('dropout', 'learning_rate', 'momentum', 'weight_decay')
+_REAL = ('dropout', 'learning_rate', 'momentum', 'weight_decay', 'warmup', 'cutout', 'mixup', 'label_smoothing', 'clip_norm', 'rho', 'ema_decay', 'swa_start')
 
 def _is_number(value: Any) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool)
 

@@ -8,7 +8,7 @@ import contextlib, errno, functools, importlib.metadata, os, platform, sys, temp
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 import torch
 from tqdm.auto import tqdm
 from .core import InputError, atomic_path, name_scores, plain, show_score, write_json
@@ -17,8 +17,8 @@ from .data import Dataset, Split, cached_file, load_dataset
 from .dataset_features import data_features
 from .execution import Workers
 from .metamodel import PowerLawModel
-from .models import architecture_name, build_model, forward_flops, function_name
-from .optimization import resolve_config
+from .models import architecture_hyperparameters, architecture_name, build_model, forward_flops, function_name
+from .optimization import DEFAULTS, resolve_config
 from .population import METHODS, probe_population
 from .probe import ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
 from .search import Search, Trial, check_levels
@@ -58,6 +58,13 @@ def _check_importable(function: str|Callable|None, n_workers: int) -> None:
     if n_workers > 1 and in_notebook:
         raise InputError(f'{function.__qualname__} cannot be imported by worker processes: move it to a module, or run with one worker')
 
+def _check_names(architecture: str|Callable, names: Iterable[str]) -> None:
+    "A hyper-parameter that nothing reads is a slip of the pen"
+    own = architecture_hyperparameters(architecture)
+    known = (*(own or ()), *DEFAULTS)
+    for name in names if own is not None else ():
+        if name not in known: raise InputError(f'{name!r} is read neither by {architecture_name(architecture)} nor by training: choose from {", ".join(known)}')
+
 def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -> None:
     "Raise `InputError` for what would fail later"
     s = settings.probe
@@ -66,6 +73,7 @@ def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -
     if s.train.n_epochs < 1: raise InputError(f'epochs must be at least 1, got {s.train.n_epochs}')
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     if s.training is not None: check_training(s.training, s.train)
+    if s.training is None: _check_names(s.architecture, dict.fromkeys(name for config in configs for name in config))
     for config in configs if s.training is None else ():
         resolve_config(config, s.train.shared, split.dataset.task)
         build_model(s.architecture, config, split.dataset.input_shape, split.dataset.n_outputs)

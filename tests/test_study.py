@@ -123,6 +123,12 @@ def test_a_full_training_killed_half_way_goes_on_from_its_last_epoch(tmp_path):
     assert len(curve) == 20 and result(killed) == result(whole)
 
 
+def test_a_hyperparameter_that_nothing_reads_is_named(tmp_path):
+    space = SearchSpace('simple_cnn', dict(num_channels=8, learning_rte=dict(low=1e-3, high=0.1)))
+    with pytest.raises(InputError, match="'learning_rte' is read neither by simple_cnn nor by training: choose from num_channels, dropout, optimizer, learning_rate"):
+        run_study('digits', tmp_path, space, StudySettings(n_configs=2), n_workers=1, progress=False)
+
+
 def test_ctrl_c_stops_cleanly_and_the_command_says_how_to_go_on(tmp_path):
     out = tmp_path/'stopped'
     driver = subprocess.Popen([*LLPROBE, 'run', *STUDY, '--out', str(out), '--jobs', '2'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)

@@ -14,7 +14,7 @@ from .store import Store, open_store
 from .visualization import plot_cost, plot_curves, plot_levels, plot_predictions, plot_responses, save_figure
 
 # %% auto #0
-__all__ = ['read_result', 'study_figures', 'read_runs', 'level_agreement', 'summary_rows', 'write_report']
+__all__ = ['read_result', 'study_figures', 'read_runs', 'read_recipes', 'level_agreement', 'summary_rows', 'write_report']
 
 # %% ../nbs/80_report.ipynb #80report005
 def read_result(
@@ -52,6 +52,19 @@ def read_runs(
     results = [json.loads(path.read_text()) for path in paths]
     tables = [pd.DataFrame(r['probes']).drop(columns='config').assign(seed=r['seed'], metric=r.get('metric', 'accuracy')) for r in results]
     return pd.concat(tables, ignore_index=True).sort_values(['seed', 'level', 'config_id'], ignore_index=True)
+
+def read_recipes(
+    folder: str|Path, # With the JSON files of `make recipes` in it
+) -> pd.DataFrame: # One row a recipe, seed and epoch: recipe, seed, epoch, train_loss, val_loss, val_score, test_score, metric
+    "The curves of configs that were trained in full without a search"
+    rows = []
+    for path in sorted(Path(folder).glob('*.json')):
+        result = json.loads(path.read_text())
+        record = result['record']
+        metric = next(m for m in METRICS if score_key('test', m) in record)
+        rows += [dict(recipe=result['name'], seed=result['seed'], epoch=row['epoch'], train_loss=row['train_loss'], val_loss=row['val_loss'],
+                      val_score=row[score_key('val', metric)], test_score=record[score_key('test', metric)], metric=metric) for row in record['curve']]
+    return pd.DataFrame(rows)
 
 def level_agreement(
     table: pd.DataFrame, # From `read_runs`

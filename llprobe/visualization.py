@@ -4,6 +4,7 @@
 
 # %% ../nbs/70_visualization.ipynb #70visualizat003
 from __future__ import annotations
+import itertools
 from pathlib import Path
 from typing import Any
 import numpy as np, pandas as pd
@@ -17,7 +18,7 @@ COLOURS = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00',
 
 # %% auto #0
 __all__ = ['COLOURS', 'plot_levels', 'plot_responses', 'plot_curves', 'plot_predictions', 'plot_cost', 'plot_level_scores',
-           'plot_agreement', 'save_figure']
+           'plot_agreement', 'plot_recipes', 'save_figure']
 
 # %% ../nbs/70_visualization.ipynb #70visualizat005
 def _figure(width: float = 4.5, height: float = 3.2) -> tuple[Figure, Axes]:
@@ -161,6 +162,22 @@ def plot_agreement(
     return figure
 
 # %% ../nbs/70_visualization.ipynb #70visualizat014
+def plot_recipes(
+    table: pd.DataFrame, # From `report.read_recipes`
+) -> Figure:
+    "Validation score against the epoch; one line a recipe and seed, the test score in the legend"
+    figure, axis = _figure()
+    metric = METRICS[table['metric'].iloc[0]]
+    for colour, (recipe, rows) in zip(itertools.cycle(COLOURS.values()), table.groupby('recipe', sort=False)):
+        tests = rows.groupby('seed')['test_score'].first()
+        spread = f' ± {tests.std():.4f}' if len(tests) > 1 else ''
+        for i, (_, run) in enumerate(rows.groupby('seed')):
+            axis.plot(run['epoch'], run['val_score'], color=colour, lw=1.4, label=None if i else f'{recipe}: test {tests.mean():.4f}{spread}')
+    axis.set(xlabel='epoch', ylabel=f'validation {metric}')
+    axis.legend(fontsize=7, frameon=False, loc='lower right')
+    return figure
+
+# %% ../nbs/70_visualization.ipynb #70visualizat016
 def save_figure(
     figure: Figure,
     path: str|Path, # Without suffix: writes .pdf and .png, and .csv when there is data

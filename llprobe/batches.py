@@ -18,8 +18,8 @@ from .models import evaluating
 
 # %% auto #0
 __all__ = ['Batch', 'call_model', 'mean_cross_entropy', 'mean_squared_error', 'mean_loss', 'task_loss', 'check_loss',
-           'make_batches', 'scalar_loss', 'check_is_mean', 'Totals', 'evaluate_batches', 'evaluate', 'differentiable',
-           'recalibrate_batchnorm']
+           'settle_layout', 'make_batches', 'scalar_loss', 'check_is_mean', 'Totals', 'evaluate_batches', 'evaluate',
+           'differentiable', 'recalibrate_batchnorm']
 
 # %% ../nbs/12_batches.ipynb #12batches005
 class Batch(NamedTuple):
@@ -123,6 +123,24 @@ def _pairs(x: Any, y: Any, batch_size: int|None) -> Iterator[tuple[Any, Any]]:
         yield _tree_map(lambda t: t[part], x), _tree_map(lambda t: t[part], y)
 
 # %% ../nbs/12_batches.ipynb #12batches00d
+def settle_layout(
+    model: nn.Module, # Gets a hook if it needs one
+    x: Tensor, # Some inputs
+    weights: bool=False, # Put the weights in the same order, which training is faster with
+) -> Any: # The model's outputs
+    "Call the model as llprobe will, and make it accept images with channels last"
+    if x.ndim != 4: return model(x)
+    if weights: model.to(memory_format=torch.channels_last)
+    try: return model(x.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        if weights: model.to(memory_format=torch.contiguous_format)
+        outputs = model(x.contiguous())
+        model.register_forward_pre_hook(_in_usual_order)
+        return outputs
+
+def _in_usual_order(module: nn.Module, inputs: tuple) -> tuple: return tuple(t.contiguous() if isinstance(t, Tensor) else t for t in inputs)
+
+# %% ../nbs/12_batches.ipynb #12batches010
 def _auto_batch_size(model: nn.Module, x: Any, y: Any) -> int:
     "Samples whose largest activation fits a CPU's cache"
     if y is None and not isinstance(x, (Tensor, tuple, dict)) or len(_first_tensor(x)) < 2: return 128
@@ -137,7 +155,7 @@ def _auto_batch_size(model: nn.Module, x: Any, y: Any) -> int:
     room = 2**20 if parameter is None or parameter.device.type == 'cpu' else 2**27
     return max(16, min(1024, room//largest))
 
-# %% ../nbs/12_batches.ipynb #12batches00e
+# %% ../nbs/12_batches.ipynb #12batches011
 def make_batches(
     model: nn.Module, # Says device and floating-point type
     x: Any, # Inputs; or, without `y`, an iterable of (inputs, targets) pairs such as a DataLoader, read once
@@ -160,14 +178,14 @@ def make_batches(
     if not any(b.weight for b in batches): raise InputError('the loss must count at least one sample, but it ignores all targets')
     return batches
 
-# %% ../nbs/12_batches.ipynb #12batches011
+# %% ../nbs/12_batches.ipynb #12batches014
 def scalar_loss(loss: Any) -> Tensor:
     "The loss, or an error if it is not a single number"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise InputError(f'loss_fn must return one number per batch, got {tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}')
     return loss.reshape(())
 
-# %% ../nbs/12_batches.ipynb #12batches013
+# %% ../nbs/12_batches.ipynb #12batches016
 @torch.no_grad()
 def check_is_mean(loss_fn: Callable, outputs: Any, batch: Batch, loss: Tensor) -> None:
     "Refuse a loss that is a sum over its batch, or a coupled one if the batch was cut"
@@ -181,7 +199,7 @@ def check_is_mean(loss_fn: Callable, outputs: Any, batch: Batch, loss: Tensor) -
     if close(first+second): raise InputError('loss_fn must average over its batch, but this one adds up: divide it by the number of samples')
     if batch.cut: raise InputError('loss_fn must be a mean over samples to be computed in micro-batches: pass batch_size=None or batches of your own')
 
-# %% ../nbs/12_batches.ipynb #12batches014
+# %% ../nbs/12_batches.ipynb #12batches017
 def _is_classification(outputs: Any, targets: Any) -> bool:
     "Logits (n, c) and integer classes (n,)?"
     return (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim == 2 and targets.ndim == 1
@@ -199,7 +217,7 @@ def _class_sums(outputs: Tensor, targets: Tensor) -> Tensor: # (4,): samples, co
     count = torch.tensor(float(len(targets)), dtype=torch.double, device=outputs.device)
     return torch.stack([count, correct.sum().double(), (own-other).double().sum(), confidence.double().sum()])
 
-# %% ../nbs/12_batches.ipynb #12batches015
+# %% ../nbs/12_batches.ipynb #12batches018
 def _fit_sums(outputs: Tensor, targets: Tensor) -> Tensor: # (4,): samples, squared errors, mean of the targets, their squared deviations
     "What R² is made of; the first target is taken off, so that constant ones deviate by 0 exactly"
     targets = targets.double()
@@ -214,7 +232,7 @@ def _pool_fits(a: Tensor|None, b: Tensor) -> Tensor: # (4,)
     count, step = a[0]+b[0], b[2]-a[2]
     return torch.stack([count, a[1]+b[1], a[2]+step*b[0]/count, a[3]+b[3]+step**2*a[0]*b[0]/count])
 
-# %% ../nbs/12_batches.ipynb #12batches016
+# %% ../nbs/12_batches.ipynb #12batches019
 class Totals:
     "Adds up batches and gives the means"
     def __init__(self,
@@ -239,7 +257,7 @@ class Totals:
         count, *sums = self.classes.tolist()
         return result | {k: s/count if count else float('nan') for k, s in zip(('accuracy', 'margin', 'confidence'), sums)}
 
-# %% ../nbs/12_batches.ipynb #12batches017
+# %% ../nbs/12_batches.ipynb #12batches01a
 def evaluate_batches(
     model: nn.Module, # Any module
     batches: Iterable[Batch], # From `make_batches`
@@ -257,7 +275,7 @@ def evaluate_batches(
             totals.add(batch, outputs, loss)
     return totals.means()
 
-# %% ../nbs/12_batches.ipynb #12batches018
+# %% ../nbs/12_batches.ipynb #12batches01b
 def evaluate(
     model: nn.Module, # Any module; its mode and weights are left alone
     x: Any, # Normalised inputs (n, ...), a tuple or dict of such, or a loader of (inputs, targets)
@@ -268,7 +286,7 @@ def evaluate(
     "Sample-weighted means in evaluation mode; costs one forward pass per sample"
     return evaluate_batches(model, make_batches(model, x, y, loss_fn, batch_size), loss_fn, check=True)
 
-# %% ../nbs/12_batches.ipynb #12batches01e
+# %% ../nbs/12_batches.ipynb #12batches021
 class _PlainWeightNorm(TorchFunctionMode):
     "Computes weight normalisation by its formula, g v / ‖v‖, instead of by the fused function"
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict|None = None) -> Any:
@@ -281,7 +299,7 @@ def _has_weight_norm(model: nn.Module) -> bool:
     hooks = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
     return any(type(m).__name__ == '_WeightNorm' for m in model.modules()) or any(type(h).__name__ == 'WeightNorm' for h in hooks)
 
-# %% ../nbs/12_batches.ipynb #12batches01f
+# %% ../nbs/12_batches.ipynb #12batches022
 @contextlib.contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     "Evaluation mode in which first and second derivatives exist: attention by plain matrix products, recurrence without cuDNN or oneDNN"
@@ -295,7 +313,7 @@ def differentiable(model: nn.Module) -> Iterator[None]:
         if recurrent: stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yield
 
-# %% ../nbs/12_batches.ipynb #12batches022
+# %% ../nbs/12_batches.ipynb #12batches025
 def _tracked_batchnorms(model: nn.Module) -> list[_BatchNorm]:
     "The BatchNorm layers that hold running statistics"
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
@@ -307,7 +325,7 @@ def _pooled(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     variance = sum(n*(v+(m-mean)**2) for n, m, v in parts)/max(count-1, 1)
     return mean, variance
 
-# %% ../nbs/12_batches.ipynb #12batches023
+# %% ../nbs/12_batches.ipynb #12batches026
 @torch.no_grad()
 def recalibrate_batchnorm(
     model: nn.Module, # Its running statistics are replaced, unless it has none

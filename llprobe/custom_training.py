@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .core import InputError, derive_seed, score_key
-from .batches import evaluate
+from .batches import evaluate, settle_layout
 from .data import Dataset, Split
 from .models import evaluating, import_function
 from .training import TrainResult, TrainSettings, batch_indices, isolated, network_input, resolve_device
 
 # %% auto #0
-__all__ = ['TrainingFunction', 'Subset', 'make_subset', 'settle_layout', 'run_training', 'find_training', 'check_training',
-           'lightning_training']
+__all__ = ['TrainingFunction', 'Subset', 'make_subset', 'run_training', 'find_training', 'check_training', 'lightning_training']
 
 # %% ../nbs/25_custom_training.ipynb #25customtrai005
 @dataclass(frozen=True, eq=False)
@@ -95,19 +94,6 @@ def _try_out(model: nn.Module, x: Tensor, n_classes: int) -> None:
         raise InputError(f"a training function's model must turn {len(x)} samples into outputs ({len(x)}, {n_classes}), got {shape}")
 
 # %% ../nbs/25_custom_training.ipynb #25customtrai00f
-def settle_layout(
-    model: nn.Module, # Gets a hook if it needs one
-    x: Tensor, # Some inputs
-) -> Any: # The model's outputs
-    "Call the model as llprobe will, and make it accept images with channels last"
-    if x.ndim != 4: return model(x)
-    try: return model(x.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:
-        outputs = model(x.contiguous())
-        model.register_forward_pre_hook(lambda module, inputs: tuple(t.contiguous() if isinstance(t, Tensor) else t for t in inputs))
-        return outputs
-
-# %% ../nbs/25_custom_training.ipynb #25customtrai012
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     "Seed NumPy's and Python's global generators; both are as before when the block ends"
@@ -126,7 +112,7 @@ def _call(function: TrainingFunction, config: dict, subset: Subset, seed: int) -
         if isinstance(error.__context__, KeyboardInterrupt): raise KeyboardInterrupt from error
         raise RuntimeError(f'the training function left Python with exit code {error.code}') from error
 
-# %% ../nbs/25_custom_training.ipynb #25customtrai013
+# %% ../nbs/25_custom_training.ipynb #25customtrai010
 def _is_finite(row: dict[str, float]) -> bool: return all(math.isfinite(row.get(name, 0.)) for name in ('train_loss', 'val_loss'))
 
 def _result(curve: list[dict[str, float]], scores: dict[str, float], n: int, n_val: int, dataset: Dataset) -> TrainResult:
@@ -141,7 +127,7 @@ def _result(curve: list[dict[str, float]], scores: dict[str, float], n: int, n_v
     return TrainResult(status=status, curve=rows[:n_good], val_loss=scores['loss'], val_score=scores[dataset.metric],
                        train_samples=round(sum(row.get('samples', n) for row in curve)), forward_samples=n_val*validated, seconds=math.nan)
 
-# %% ../nbs/25_custom_training.ipynb #25customtrai014
+# %% ../nbs/25_custom_training.ipynb #25customtrai011
 def run_training(
     training: str|TrainingFunction, # 'package.module:function' or a callable
     config: dict[str, Any], # Passed on as it is
@@ -168,7 +154,7 @@ def run_training(
     for row in result.curve if on_epoch else (): on_epoch(row)
     return model, result
 
-# %% ../nbs/25_custom_training.ipynb #25customtrai016
+# %% ../nbs/25_custom_training.ipynb #25customtrai013
 def find_training(
     training: str|TrainingFunction, # 'package.module:function' or a callable
 ) -> TrainingFunction:
@@ -193,7 +179,7 @@ def check_training(
         if getattr(settings, name) != getattr(plain, name):
             raise InputError(f"{name} is of llprobe's own training, got {getattr(settings, name)!r}: leave it out, and see to it in the training function")
 
-# %% ../nbs/25_custom_training.ipynb #25customtrai01d
+# %% ../nbs/25_custom_training.ipynb #25customtrai01a
 class _Batches:
     "What Lightning takes for a loader: batches, in a new order at each reading if there is a generator"
     def __init__(self, x: Tensor, y: Tensor, batch_size: int, generator: torch.Generator|None = None):
@@ -207,7 +193,7 @@ class _Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for index in self._indices(self.generator): yield self.x[index], self.y[index]
 
-# %% ../nbs/25_custom_training.ipynb #25customtrai01f
+# %% ../nbs/25_custom_training.ipynb #25customtrai01c
 def _recorder(base: type, subset: Subset) -> Any:
     "A callback of Lightning that writes the curve"
     class Recorder(base):
@@ -232,7 +218,7 @@ def _recorder(base: type, subset: Subset) -> Any:
                                         samples=self.samples, seconds=time.perf_counter()-self.start))
     return Recorder()
 
-# %% ../nbs/25_custom_training.ipynb #25customtrai021
+# %% ../nbs/25_custom_training.ipynb #25customtrai01e
 def _lightning(module: Any) -> Any:
     "The Lightning package that a module is of, under its new name or its old one"
     is_old = any(c.__module__.startswith('pytorch_lightning.') for c in type(module).__mro__)
@@ -259,7 +245,7 @@ def _undisturbed(package: Any) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
         if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, handler)
 
-# %% ../nbs/25_custom_training.ipynb #25customtrai022
+# %% ../nbs/25_custom_training.ipynb #25customtrai01f
 def _trainer_options(subset: Subset, max_epochs: int|None, options: dict[str, Any], recorder: Any) -> dict[str, Any]:
     "Arguments of Lightning's `Trainer`; the user's come before ours"
     is_cuda, callbacks = subset.device.type == 'cuda', copy.deepcopy(options.get('callbacks') or []) # they keep state

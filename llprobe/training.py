@@ -12,17 +12,18 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .augmentation import augment_batch, cutout, mixup
-from .batches import evaluate, task_loss
+from .batches import evaluate, settle_layout, task_loss
 from .checkpoint import load_checkpoint, save_checkpoint
 from .core import InputError, derive_seed, digest
 from .data import Split, normalise
+from .models import evaluating
 from .optimization import (Averaging, ascended, learning_rate_factor, make_optimizer, resolve_config, trainable,
                                   untracked_batchnorm)
 from .sampler import sample_order
 
 # %% auto #0
-__all__ = ['TrainSettings', 'resolve_device', 'network_input', 'batch_indices', 'epoch_batches', 'TrainResult', 'Trainer',
-           'isolated', 'train']
+__all__ = ['TrainSettings', 'resolve_device', 'network_input', 'batch_indices', 'epoch_batches', 'TrainResult', 'isolated',
+           'Trainer', 'train']
 
 # %% ../nbs/23_training.ipynb #23training005
 @dataclass(frozen=True)
@@ -102,28 +103,6 @@ class TrainResult:
     seconds: float        # Wall clock, that before a checkpoint included
 
 # %% ../nbs/23_training.ipynb #23training013
-class Trainer:
-    "One config trained on one subset, an epoch at a time"
-    def __init__(self,
-        model: nn.Module, # Trained in place; moved to the device
-        config: dict, # Hyper-parameters
-        split: Split,
-        indices: Tensor, # (n,) positions in the split's training part: the level's subset
-        settings: TrainSettings = TrainSettings(),
-        seed: int = 0, # The study's seed
-    ):
-        self.config, self.settings, self.seed, self.split = resolve_config(config, settings.shared, split.dataset.task), settings, seed, split
-        self.device = resolve_device(settings.device)
-        self.model = model.to(self.device)
-        if split.dataset.is_image: self.model.to(memory_format=torch.channels_last)
-        self.optimizer, self.averaging = make_optimizer(self.model, self.config), Averaging(self.model, self.config, settings.n_epochs)
-        self.x, self.y = (t.to(self.device) for t in split.samples('train', indices))
-        mixed = sample_order(split.val_y, 'stratified', seed) # so that the first n are a fair sample
-        self.val_x, self.val_y = (t.to(self.device) for t in split.samples('val', mixed))
-        self.steps_per_epoch = len(batch_indices(len(self.x), self.config['batch_size'], torch.Generator()))
-        self.curve, self.epoch, self.train_samples, self.forward_samples, self.seconds = [], 0, 0, 0, 0.0
-
-# %% ../nbs/23_training.ipynb #23training015
 @contextlib.contextmanager
 def isolated(
     seed: int, # Of PyTorch's global generator inside the block
@@ -137,6 +116,29 @@ def isolated(
         torch.set_num_threads(n_threads)
         try: yield
         finally: torch.set_num_threads(threads)
+
+# %% ../nbs/23_training.ipynb #23training015
+class Trainer:
+    "One config trained on one subset, an epoch at a time"
+    def __init__(self,
+        model: nn.Module, # Trained in place; moved to the device
+        config: dict, # Hyper-parameters
+        split: Split,
+        indices: Tensor, # (n,) positions in the split's training part: the level's subset
+        settings: TrainSettings = TrainSettings(),
+        seed: int = 0, # The study's seed
+    ):
+        self.config, self.settings, self.seed, self.split = resolve_config(config, settings.shared, split.dataset.task), settings, seed, split
+        self.device = resolve_device(settings.device)
+        self.model = model.to(self.device)
+        self.x, self.y = (t.to(self.device) for t in split.samples('train', indices))
+        with evaluating(self.model), torch.no_grad(), isolated(0, self.device, settings.n_threads):
+            settle_layout(self.model, network_input(split, self.x[:2]), weights=True)
+        self.optimizer, self.averaging = make_optimizer(self.model, self.config), Averaging(self.model, self.config, settings.n_epochs)
+        mixed = sample_order(split.val_y, 'stratified', seed) # so that the first n are a fair sample
+        self.val_x, self.val_y = (t.to(self.device) for t in split.samples('val', mixed))
+        self.steps_per_epoch = len(batch_indices(len(self.x), self.config['batch_size'], torch.Generator()))
+        self.curve, self.epoch, self.train_samples, self.forward_samples, self.seconds = [], 0, 0, 0, 0.0
 
 # %% ../nbs/23_training.ipynb #23training016
 @patch

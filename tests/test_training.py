@@ -277,3 +277,24 @@ def test_only_the_best_checkpoints_stay(tmp_path):
     assert sorted(p.stem for p in tmp_path.glob('*.safetensors')) == ['2', '3']
     with pytest.raises(InputError, match='keep must be at least 0'):
         prune_checkpoints(tmp_path, -1)
+
+
+class Tutorial(nn.Module):
+    "As in PyTorch's tutorial: it flattens by `view`, which needs pixels in the usual order"
+    def __init__(self, n_classes):
+        super().__init__()
+        self.first, self.second, self.out = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Linear(8*4*4, n_classes)
+
+    def forward(self, x):
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.out(x.view(-1, 8*4*4))
+
+
+@pytest.mark.parametrize('averaging', ['none', 'ema'])
+def test_a_network_that_flattens_by_view_trains(averaging, tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = from_arrays(rng.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8), np.arange(120) % 3)
+    split, config = split_dataset(pictures, 0), dict(learning_rate=0.01, batch_size=16, averaging=averaging)
+    model = build_model(lambda c, shape, n: Tutorial(n), config, (3, 8, 8), 3)
+    result = train(model, config, split, torch.arange(len(split.train)), CPU, checkpoint=tmp_path/'c.safetensors')
+    assert result.status == 'ok' and len(result.curve) == 3

@@ -39,7 +39,9 @@ def call_model(model: Callable, inputs: Any) -> Any: # The model's outputs
 def _tree_map(function: Callable, value: Any) -> Any:
     "Apply `function` to every tensor of nested tuples, lists and dicts"
     if isinstance(value, dict): return {k: _tree_map(function, v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)): return type(value)(_tree_map(function, v) for v in value)
+    if isinstance(value, (tuple, list)):
+        parts = [_tree_map(function, v) for v in value]
+        return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts) # a namedtuple takes them one by one
     return function(value) if isinstance(value, Tensor) else value
 
 def _first_tensor(value: Any) -> Tensor:
@@ -58,8 +60,9 @@ def _loss_share(
     size: int, # The batch's number of samples
 ) -> float: # What `loss_fn` divides by, up to a factor common to all batches
     "The weight a batch has in the mean over the data"
-    if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)) or not isinstance(targets, Tensor): return float(size)
-    if targets.is_floating_point(): return float(size)
+    if not isinstance(targets, Tensor) or targets.is_floating_point(): return float(size)
+    if loss_fn in (None, mean_loss, mean_cross_entropy): loss_fn = nn.CrossEntropyLoss()
+    if not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)): return float(size)
     kept = targets[targets != loss_fn.ignore_index]
     if loss_fn.weight is None: return float(kept.numel())
     return float(loss_fn.weight.double()[kept.to(loss_fn.weight.device)].sum())

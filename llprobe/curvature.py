@@ -4,7 +4,7 @@
 
 # %% ../nbs/34_curvature.ipynb #34curvature003
 from __future__ import annotations
-import contextlib, itertools, math
+import contextlib, itertools, math, warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,8 +159,11 @@ def _check_symmetry(self: Krylov, i: int, coefficients: Tensor) -> None:
     if not known: return
     scale, tolerance = float(self.matrix.abs().max()), torch.finfo(self.basis.dtype).eps**.4
     difference = float((self.matrix[known, i]-coefficients[known]).abs().max())
-    if difference > tolerance*max(scale, float(coefficients.abs().max())):
-        raise InputError('the products are not those of a symmetric matrix: some layer has a wrong second derivative, or draws random numbers')
+    asymmetry = difference/(max(scale, float(coefficients.abs().max())) or 1.)
+    if asymmetry > max(0.1, tolerance):
+        raise InputError('the products are not those of a symmetric matrix: some layer has a wrong second derivative, or draws random numbers, '
+                         'or the loss is so small that rounding is all there is (model.double() helps then)')
+    if asymmetry > tolerance: warnings.warn(f'the products are {asymmetry:.1%} off those of a symmetric matrix: rounding, which model.double() reduces, or a wrong second derivative')
 
 # %% ../nbs/34_curvature.ipynb #34curvature013
 @patch
@@ -213,14 +216,15 @@ class _Search:
         values, residuals, vectors = self.krylov.ritz()
         steps = values.diff()
         gaps = torch.minimum(torch.cat([steps, steps.new_tensor([torch.inf])]), torch.cat([steps.new_tensor([torch.inf]), steps]))
-        errors = torch.minimum(residuals, torch.where(gaps > 0, residuals**2/gaps, torch.inf))
+        errors = torch.minimum(residuals, torch.where((gaps > 0) & gaps.isfinite(), residuals**2/gaps, torch.inf)) # one value alone has no gap
         chosen = [*range(len(values)-1, len(values)-1-self.n_top, -1), *range(self.n_bottom)]
         return values[chosen], residuals[chosen], errors[chosen], vectors[:, chosen]
 
     def converged(self) -> bool:
         "Are all wanted values there, and accurate?"
         if len(self.krylov.multiplied) < self.n_top+self.n_bottom: return False
-        values, _, errors, _ = self.wanted()
+        values, residuals, errors, _ = self.wanted()
+        if len(self.krylov.multiplied) == self.n_top+self.n_bottom: errors = residuals # the gaps to the others are not known yet
         norm = float(self.krylov.ritz()[0].abs().max())
         return bool((errors <= self.tolerance*values.abs().clamp_min(norm/10)).all())
 

@@ -49,7 +49,9 @@ def random_plane(
         noise = random_direction(model, seed, index, names)
         for other in directions if orthogonal else ():
             factor = dot(noise, other)/dot(other, other)
+            length = tree_norm(noise)
             noise = {n: t-factor*other[n] for n, t in noise.items()}
+            if tree_norm(noise) <= 1e-3*length: raise InputError(f'the model has too few weights for {n_directions} orthogonal directions: take fewer')
         directions.append(noise)
     for noise in directions: normalise_direction(model, noise, norm, ignore_bias_norm)
     return Plane(directions, f'random, {norm}-normalised', facts=dict(seed=seed))
@@ -92,6 +94,7 @@ def adversarial_plane(
     first = {n: t/length for n, t in worst.items()}
     step = adversarial_offset(model, x, y, radius*1e-3, n_steps=1, seed=seed, **options)
     second = _orthogonal_unit(step, first) or _orthogonal_unit(random_direction(model, seed, 0, list(first)), first)
+    if second is None: raise InputError('the model has too few weights for a plane: take a line')
     return Plane([first, second], 'adversarial', marks=np.array([[length, 0.]]))
 
 # %% ../nbs/36_directions.ipynb #36directions00f
@@ -99,6 +102,9 @@ def _difference(model: nn.Module, a: Any, b: Any) -> dict[str, Tensor]: # a - b 
     "Difference of two solutions"
     a, b = check_weights(model, a), check_weights(model, b)
     names = [n for n in free_parameters(model) if n in a and n in b]
+    for name, p in model.named_parameters():
+        if not p.requires_grad and name in a and name in b and not torch.equal(a[name], b[name]):
+            raise InputError(f'the solutions differ in {name!r}, which does not require gradients and so does not move: call requires_grad_(True) on it')
     if not names: raise InputError('the solutions must hold parameters of the model, by name')
     return {n: a[n].detach()-b[n].detach() for n in names}
 

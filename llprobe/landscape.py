@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import quoteattr
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
@@ -44,7 +45,8 @@ class Landscape:
 
     @property
     def centre(self) -> dict[str, Any]:
-        "Values at the solution itself"
+        "Values at the solution itself; `InputError` if it is not on the grid"
+        if not all((self.coords[d] == 0).any() for d in self.dims): raise InputError('the grid does not contain the solution: its axes leave out 0')
         return self.sel(**{d: 0. for d in self.dims})
 
     def to_frame(self) -> pd.DataFrame: # One row per grid point
@@ -80,7 +82,7 @@ def load_landscape(
 def _vtk_array(name: str, values: np.ndarray, components: int = 1) -> str:
     "A DataArray element"
     text = ' '.join(repr(float(v)) for v in values)
-    return f'<DataArray type="Float64" Name="{name}" NumberOfComponents="{components}" format="ascii">{text}</DataArray>'
+    return f'<DataArray type="Float64" Name={quoteattr(name)} NumberOfComponents="{components}" format="ascii">{text}</DataArray>'
 
 @patch
 def to_vts(self: Landscape,
@@ -89,6 +91,7 @@ def to_vts(self: Landscape,
     factor: float = 1., # Multiplies the height
 ) -> None:
     "Write a VTK structured grid for ParaView; values that are not finite keep the surface at height 0 but stay in the data"
+    if Path(path).suffix != '.vts': raise InputError(f'the file name must end in .vts, got {Path(path).name!r}')
     if height is not None and height not in self.values: raise InputError(f'height must be one of {", ".join(self.values)}, got {height!r}')
     x, y = [*(self.coords[d] for d in self.dims), np.zeros(1)][:2]
     flat = {k: v.reshape(len(x), len(y)).T.ravel() for k, v in self.values.items()} # The first axis varies fastest
@@ -173,6 +176,7 @@ def progressive_landscape(
     **options: Any, # As for `loss_landscape`
 ) -> Iterator[Landscape]:
     "Ever finer landscapes; the last is what `loss_landscape` returns"
+    if n_levels < 1: raise InputError(f'n_levels must be at least 1, got {n_levels}')
     plane = random_plane(model) if plane is None else plane
     axes = _axes(plane, radius, n)
     levels, values, known, cost = zip(*(_nested(a, n_levels) for a in axes)), {}, np.zeros([len(a) for a in axes], bool), 0

@@ -27,7 +27,10 @@ def _mix(*terms: tuple[float, Weights]) -> Weights:
     "Weighted sum, over the names that all have; integer buffers from the term with the largest weight"
     heaviest = max(terms, key=lambda term: term[0])[1]
     names = [n for n in terms[0][1] if all(n in w for _, w in terms)]
-    return {n: sum(a*w[n] for a, w in terms) if heaviest[n].is_floating_point() else heaviest[n] for n in names}
+    def mixed(n: str) -> Tensor: # a mask of infinities has no mean
+        whole = heaviest[n]
+        return sum(a*w[n] for a, w in terms) if whole.is_floating_point() and whole.isfinite().all() else whole
+    return {n: mixed(n) for n in names}
 
 def _along(surface: LossSurface, curve: Callable[[float], Weights], ts: np.ndarray, quantities: str) -> dict[str, np.ndarray]:
     "Values at each t"
@@ -140,6 +143,7 @@ def bezier_curve(
 ) -> tuple[Weights, int]: # The control point φ, by parameter name; cost in forward passes
     "Bend a curve between two solutions towards low loss"
     if n_steps < 1: raise InputError(f'n_steps must be at least 1, got {n_steps}')
+    if not 0 < learning_rate < float('inf'): raise InputError(f'learning_rate must be positive and finite, got {learning_rate}')
     start, end = check_weights(model, start), check_weights(model, end)
     with loss_surface(model, x, y, batch_size=batch_size, origin=_mix((0.5, start), (0.5, end)), **options) as surface:
         control = {n: c.clone() for n, c in surface.centre.items()}

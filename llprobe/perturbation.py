@@ -71,7 +71,7 @@ def free_parameters(
         names = [names] if isinstance(names, str) else list(names)
         if unknown := [n for n in names if n not in free]:
             raise InputError(f'{unknown[0]!r} is no parameter that requires gradients; there are: {", ".join(free)}')
-        free = {n: free[n] for n in names}
+        free = {n: p for n, p in free.items() if n in names} # in the model's order
     if not free: raise InputError('no parameter of the model requires gradients: call model.requires_grad_(True) first')
     for name, parameter in free.items():
         if not math.isfinite(largest(parameter)):
@@ -195,7 +195,8 @@ def tree_norm(tree: dict[str, Tensor]) -> float: # Euclidean, over all tensors, 
 # %% ../nbs/31_perturbation.ipynb #31perturbati01a
 def check_radii(radii: Iterable[float], name: str = 'radii') -> list[float]:
     "Radii as plain numbers, all positive and finite"
-    radii = [float(r) for r in ([radii] if isinstance(radii, (int, float)) else radii)]
+    try: radii = [float(r) for r in ([radii] if np.isscalar(radii) else radii)]
+    except (TypeError, ValueError): raise InputError(f'{name} must be positive numbers, got {radii!r}') from None
     if bad := [r for r in radii if not 0 < r < float('inf')]: raise InputError(f'{name} must be positive and finite, got {bad[0]}')
     return radii
 
@@ -248,6 +249,11 @@ def gradient(self: LossSurface) -> tuple[dict[str, Tensor], dict[str, float]]: #
     return loss_gradient(self.model, self.first, self.loss_fn, self.centre)
 
 # %% ../nbs/31_perturbation.ipynb #31perturbati01e
+def _check_finite(name: str, value: Tensor, is_parameter: bool) -> None:
+    "Raise for NaN, and for infinity in a parameter; a buffer may hold it, as an attention mask does"
+    size = largest(value) if value.is_floating_point() else 0.
+    if math.isnan(size) or is_parameter and math.isinf(size): raise InputError(f'weights must be finite, but {name!r} contains NaN or infinity')
+
 def check_weights(
     model: nn.Module, # Says names and shapes
     weights: dict[str, Tensor]|nn.Module, # Another solution: parameters by name, a state dict, or a model like this one
@@ -258,8 +264,11 @@ def check_weights(
         if name not in own: raise InputError(f'weights must be by name of the model, which has no {name!r}')
         if not isinstance(value, Tensor) or value.shape != own[name].shape:
             raise InputError(f'{name!r} must be a tensor of shape {tuple(own[name].shape)}, got {tuple(getattr(value, "shape", ()))}')
-        if not math.isfinite(largest(value)): raise InputError(f'weights must be finite, but {name!r} contains NaN or infinity')
-    return {name: value.detach().to(own[name].device, own[name].dtype) for name, value in weights.items()}
+        _check_finite(name, value, isinstance(own[name], nn.Parameter))
+    storages = {t.untyped_storage().data_ptr() for t in own.values()}
+    def taken(name: str, value: Tensor) -> Tensor: # Moving the model must not move the solution
+        return value.detach().to(own[name].device, own[name].dtype, copy=value.untyped_storage().data_ptr() in storages)
+    return {name: taken(name, value) for name, value in weights.items()}
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: dict[str, Tensor]|nn.Module) -> None:
@@ -284,6 +293,7 @@ def loss_surface(
     recalibrate, free = check_batchnorm(batchnorm), list(free_parameters(model, names))
     samples = dict(train=(x, y)) if samples is None else samples
     _check_samples(samples)
+    for name, value in model.state_dict(keep_vars=True).items(): _check_finite(name, value, isinstance(value, nn.Parameter))
     with restored(model) as centre:
         if origin is not None:
             load_weights(model, origin)

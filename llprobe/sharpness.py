@@ -137,6 +137,7 @@ def sharpness(
 ) -> dict[str, float]: # loss, perturbed_loss, sharpness (their difference), the same for accuracy etc. and held_out, cost
     "Rise of the loss under the worst perturbation found within the radius"
     allowed, results = _check_set(radius, norm, n_steps, n_starts, m), []
+    if m and y is None and not isinstance(x, (Tensor, tuple, dict)): raise InputError(f'm={m} cuts tensors into groups, but x is a loader: give tensors x and y')
     with loss_surface(model, x, y, **options | (dict(batch_size=m) if m else {})) as surface:
         allowed = allowed._replace(scales={n: _scale(n, c, scale, biases) for n, c in surface.centre.items()})
         other = dict(held_out=make_batches(model, *held_out, surface.loss_fn)) if held_out else {}
@@ -144,12 +145,16 @@ def sharpness(
         for group in groups:
             part = LossSurface(model, surface.centre, dict(train=group) | other, surface.loss_fn, surface.recalibrate)
             results.append(_group_sharpness(part, allowed, n_steps, n_starts, seed) | dict(cost=part.cost))
-    return _mean_sharpness(results, [sum(b.weight for b in group) for group in groups])
+    return _mean_sharpness(results, *([sum(getattr(b, of) for b in group) for group in groups] for of in ('weight', 'size')))
 
 # %% ../nbs/32_sharpness.ipynb #32sharpness010
-def _mean_sharpness(results: list[dict[str, float]], weights: list[float]) -> dict[str, float]:
-    "Weighted means over the groups, and the differences of the losses"
-    means = {k: sum(w*r[k] for w, r in zip(weights, results))/sum(weights) for k in results[0]} | dict(cost=sum(r['cost'] for r in results))
+def _mean_sharpness(results: list[dict[str, float]], weights: list[float], sizes: list[int]) -> dict[str, float]:
+    "Means over the groups, losses by their weight and all else by samples, and the differences of the losses; R² has no mean"
+    kept = [k for k in results[0] if len(results) == 1 or k not in ('r2', 'perturbed_r2')]
+    def mean(k: str) -> float:
+        shares = weights if k.endswith('loss') else sizes
+        return sum(w*r[k] for w, r in zip(shares, results))/sum(shares)
+    means = {k: mean(k) for k in kept} | dict(cost=sum(r['cost'] for r in results))
     differences = {f'{p}sharpness': means[f'{p}perturbed_loss']-means[f'{p}loss'] for p in ('', 'held_out_') if f'{p}loss' in means}
     return means | differences
 

@@ -220,3 +220,66 @@ def test_krylov_stays_orthonormal():
         if not krylov.step(): break
     basis = krylov.basis[:krylov.size].double()
     assert float((basis@basis.T-torch.eye(len(basis))).abs().max()) < 1e-5
+
+
+def digits_like(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    return model, torch.randn(64, 5), torch.randint(3, (64,))
+
+
+def exact_spectrum(model, x, y):
+    names, values = zip(*[(n, p.detach()) for n, p in model.named_parameters()])
+    sizes = [v.numel() for v in values]
+    def loss(flat):
+        parts = {n: t.view_as(v) for n, t, v in zip(names, flat.split(sizes), values)}
+        return nn.functional.cross_entropy(torch.func.functional_call(model, parts, x), y)
+    return torch.linalg.eigvalsh(torch.func.hessian(loss)(torch.cat([v.reshape(-1) for v in values])))
+
+
+@pytest.mark.parametrize('n_top, n_bottom', [(1, 0), (0, 1), (1, 1), (2, 0)])
+def test_no_eigenvalue_is_believed_after_as_many_products_as_are_wanted(n_top, n_bottom):
+    model, x, y = digits_like()
+    exact = exact_spectrum(model, x, y)
+    found = extreme_eigenvalues(model, x, y, n_top, n_bottom, verify=False)
+    assert found.n_products > n_top+n_bottom
+    assert found.top == pytest.approx(exact.flip(0)[:n_top].tolist(), rel=2e-3)
+    assert found.bottom == pytest.approx(exact[:n_bottom].tolist(), abs=2e-3*float(exact.abs().max()))
+
+
+def test_eigenvectors_are_right_whatever_the_order_of_the_names():
+    model, x, y = digits_like()
+    one, two = (extreme_eigenvalues(model, x, y, 1, names=names) for names in (['0.weight', '2.weight'], ['2.weight', '0.weight']))
+    assert two.top == pytest.approx(one.top, rel=1e-3)
+    with hessian(model, x, y, names=['2.weight', '0.weight']) as H:
+        v = two.vectors[0]
+        assert set(v) == {'0.weight', '2.weight'} and v['0.weight'].shape == (7, 5)
+    def rise(step): # the second difference of the loss along v is its eigenvalue
+        moved = {n: p.detach()+step*v.get(n, 0) for n, p in model.double().named_parameters()}
+        return nn.functional.cross_entropy(torch.func.functional_call(model, moved, x.double()), y)
+    v = {n: t.double() for n, t in v.items()}
+    second = (rise(1e-2)-2*rise(0.)+rise(-1e-2))/1e-4
+    assert second.item() == pytest.approx(two.top[0], rel=1e-2)
+
+
+def test_a_model_that_fits_to_rounding_is_not_called_asymmetric():
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10)), torch.randn(32, 20), torch.randint(10, (32,))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(4000):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 5e-6
+    single = extreme_eigenvalues(model, x, y, 1).top[0]
+    double = extreme_eigenvalues(model.double(), x.double(), y, 1).top[0]
+    assert single == pytest.approx(double, rel=0.2)  # the loss itself has 2 % of rounding
+
+
+def test_targets_to_ignore_have_no_weight_in_the_default_loss():
+    from llprobe.batches import evaluate
+    model, x, y = digits_like()
+    y[:20] = -100
+    expected = nn.functional.cross_entropy(model(x[20:]), y[20:]).item()
+    for batch_size in (1, 16, None): assert evaluate(model, x, y, batch_size=batch_size)['loss'] == pytest.approx(expected, rel=1e-5)

@@ -254,3 +254,112 @@ def test_regression_and_wrong_planes():
         with pytest.raises(ValueError): loss_landscape(model, x, y, plane, loss_fn=nn.MSELoss())
     for options in (dict(n=2), dict(n=(3, 3, 3)), dict(radius=0), dict(radius=(1, 2, 3)), dict(radius=((1, -1), 1)), dict(quantities='some'), dict(route='fast')):
         with pytest.raises(ValueError): loss_landscape(model, x, y, **options, loss_fn=nn.MSELoss())
+
+
+def small(n_features=5, n_classes=3, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(n_features, 7), nn.Tanh(), nn.Linear(7, n_classes))
+    return model, torch.randn(64, n_features), torch.randint(n_classes, (64,))
+
+
+def elsewhere(model, seed=1):
+    "A state dict away from the model's"
+    torch.manual_seed(seed)
+    return {k: v+0.5*torch.randn_like(v) for k, v in model.state_dict().items()}
+
+
+def test_a_path_from_or_to_the_model_itself_does_not_move_with_it():
+    model, x, y = small()
+    init, own = elsewhere(model), {k: v.clone() for k, v in model.state_dict().items()}
+    expected = interpolate(model, init, own, x, y, n=5).values['loss']
+    assert len(set(expected.round(6))) > 1
+    for end in (model, model.state_dict(), dict(model.named_parameters())):
+        assert np.array_equal(interpolate(model, init, end, x, y, n=5).values['loss'], expected)
+        assert np.array_equal(interpolate(model, end, init, x, y, n=5).values['loss'], expected[::-1])
+    one, two = (bezier_curve(model, init, end, x, y, n_steps=5)[0] for end in (model, own))
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_points_on_the_axes_of_directions_that_share_no_weight():
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.o = nn.Embedding(6, 4), nn.Linear(4, 3)
+        def forward(self, x): return self.o(self.e(x).mean(1))
+    torch.manual_seed(0)
+    model, x, y = Embedded(), torch.randint(6, (32, 5)), torch.randint(3, (32,))
+    directions = [{'o.weight': torch.randn(3, 4)}, {'e.weight': torch.randn(6, 4)}]
+    points = [(0, 0), (1, 0), (0, .5), (0, -.5)]
+    plain, fast = (evaluate_points(model, directions, points, x, y, route=r)[0]['loss'] for r in ('plain', 'sequential'))
+    assert np.allclose(plain, fast, rtol=1e-5) and len(set(plain.round(5))) == 4
+
+
+@pytest.mark.parametrize('strength', [1e-5, 1e-4, 1e-2])
+def test_a_loss_that_reads_the_weights(strength):
+    model, x, y = small()
+    def loss_fn(outputs, targets): return F.cross_entropy(outputs, targets)+strength*sum(p.square().sum() for p in model.parameters())
+    plane = random_plane(model)
+    plain, fast = (evaluate_points(model, plane.directions, [(0, 0), (1, 1), (-1, .5)], x, y, route=r, loss_fn=loss_fn)[0]['loss'] for r in ('plain', 'sequential'))
+    assert np.allclose(plain, fast, rtol=5e-5)
+
+
+def test_what_a_frozen_weight_would_have_to_do_is_refused():
+    model, x, y = small()
+    others = [elsewhere(model, s) for s in (1, 2)]
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="differ in '0.weight', which does not require gradients"): three_solutions_plane(model, [model, *others])
+    with pytest.raises(ValueError, match="differ in '0.weight'"): trajectory_plane(model, [*others, model])
+    with pytest.raises(ValueError, match="a direction moves '0.weight'"): evaluate_points(model, [{'0.weight': torch.ones(7, 5)}], [1.], x, y)
+
+
+@pytest.mark.parametrize('shape', [(2, 3), (6,), (1, 2, 1)])
+def test_points_of_another_shape_are_refused(shape):
+    model, x, y = small()
+    with pytest.raises(ValueError, match=r'points must have shape \(p, 2\)'): evaluate_points(model, random_plane(model).directions, np.zeros(shape), x, y)
+
+
+def test_a_line_that_leaves_out_the_solution_has_no_centre():
+    model, x, y = small()
+    line = loss_landscape(model, x, y, random_plane(model, n_directions=1), radius=[(0.5, 1)], n=3)
+    with pytest.raises(ValueError, match='does not contain the solution'): line.centre
+
+
+def test_a_mask_of_infinities_is_no_diverged_weight():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer('mask', torch.full((5, 5), -torch.inf).triu(1))
+        def forward(self, x): return self.layer(((x@x.transpose(1, 2)+self.mask).softmax(-1)@x).mean(1))
+    torch.manual_seed(0)
+    model, x, y = Masked(), torch.randn(8, 5, 4), torch.randint(3, (8,))
+    others = [{k: v+torch.randn_like(v) if 'layer' in k else v for k, v in model.state_dict().items()} for _ in range(2)]
+    assert np.isfinite(interpolate(model, others[0], model, x, y, n=3).values['loss']).all()
+    assert np.isfinite(loss_landscape(model, x, y, three_solutions_plane(model, [model, *others]), n=5).values['loss']).all()
+
+
+@pytest.mark.parametrize('spoil', [lambda m: m[0].bias.requires_grad_(False).fill_(torch.nan), lambda m: m[1].running_mean.fill_(torch.nan)])
+def test_weights_that_do_not_move_must_be_finite_too(spoil):
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    with torch.no_grad(): spoil(model)
+    with pytest.raises(ValueError, match='weights must be finite'): loss_landscape(model, torch.randn(16, 5), torch.randint(3, (16,)), n=3)
+
+
+def test_too_few_weights_for_a_plane():
+    model, x = nn.Linear(1, 1, bias=False), torch.randn(8, 1)
+    with pytest.raises(ValueError, match='too few weights'): random_plane(model, orthogonal=True)
+    with pytest.raises(ValueError, match='too few weights'): adversarial_plane(model, x, x, loss_fn=F.mse_loss)
+
+
+def test_names_of_quantities_are_escaped_for_paraview(tmp_path):
+    odd = Landscape(('x',), dict(x=np.array([0., 1.])), {'a<b & "c"': np.array([1., 2.])})
+    odd.to_vts(tmp_path/'odd.vts')
+    names = [a.get('Name') for a in ElementTree.parse(tmp_path/'odd.vts').iter('DataArray')]
+    assert names == ['a<b & "c"', 'Points']
+    with pytest.raises(ValueError, match='must end in .vts'): odd.to_vts(tmp_path/'odd.txt')
+
+
+@pytest.mark.parametrize('argument', [dict(n_levels=0), dict(n_levels=-1)])
+def test_no_level_is_no_landscape(argument):
+    model, x, y = small()
+    with pytest.raises(ValueError, match='n_levels must be at least 1'): next(progressive_landscape(model, x, y, **argument))

@@ -382,3 +382,24 @@ def test_one_model_evaluated_at_another_origin():
     assert same(before, snapshot(model))
     with pytest.raises(ValueError, match='no .*gain'): load_weights(model, dict(gain=torch.ones(1)))
     with pytest.raises(ValueError, match='shape'): load_weights(model, {'0.bias': torch.ones(5)})
+
+
+def test_m_sharpness_needs_tensors_and_weighs_by_samples():
+    from torch.utils.data import DataLoader, TensorDataset
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(5, 3), torch.randn(50, 5), torch.randint(3, (50,))
+    with pytest.raises(ValueError, match='m=4 cuts tensors into groups, but x is a loader'):
+        sharpness(model, DataLoader(TensorDataset(x, y), batch_size=10), m=4)
+    weighted = torch.nn.CrossEntropyLoss(weight=torch.tensor([1., 5., 20.]))
+    found = sharpness(model, x, y, m=7, loss_fn=weighted)
+    assert found['accuracy'] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+    assert found['loss'] == pytest.approx(weighted(model(x), y).item(), rel=1e-5)
+    regression = sharpness(torch.nn.Linear(5, 1), x, torch.randn(50), m=7)
+    assert 'r2' not in regression and regression['sharpness'] > 0
+
+
+@pytest.mark.parametrize('radii', [None, 'a', [0.1, 'b'], [None], np.nan, [0.]])
+def test_radii_that_are_no_positive_numbers(radii):
+    from llprobe.perturbation import check_radii
+    with pytest.raises(ValueError, match='radii must be positive'): check_radii(radii)
+    assert check_radii(np.float32(0.5)) == [0.5]

@@ -18,8 +18,8 @@ from .models import evaluating
 
 # %% auto #0
 __all__ = ['Batch', 'call_model', 'mean_cross_entropy', 'mean_squared_error', 'mean_loss', 'task_loss', 'check_loss',
-           'settle_layout', 'make_batches', 'scalar_loss', 'check_is_mean', 'Totals', 'evaluate_batches', 'evaluate',
-           'differentiable', 'recalibrate_batchnorm']
+           'settle_layout', 'auto_batch_size', 'make_batches', 'scalar_loss', 'check_is_mean', 'Totals',
+           'evaluate_batches', 'evaluate', 'differentiable', 'recalibrate_batchnorm']
 
 # %% ../nbs/12_batches.ipynb #12batches005
 class Batch(NamedTuple):
@@ -144,7 +144,11 @@ def settle_layout(
 def _in_usual_order(module: nn.Module, inputs: tuple) -> tuple: return tuple(t.contiguous() if isinstance(t, Tensor) else t for t in inputs)
 
 # %% ../nbs/12_batches.ipynb #12batches010
-def _auto_batch_size(model: nn.Module, x: Any, y: Any) -> int:
+def auto_batch_size(
+    model: nn.Module,
+    x: Any, # As for `make_batches`
+    y: Any=None,
+) -> int: # At least 16
     "Samples whose largest activation fits a CPU's cache"
     if y is None and not isinstance(x, (Tensor, tuple, dict)) or len(_first_tensor(x)) < 2: return 128
     parameter, largest = next(model.parameters(), None), 1
@@ -168,7 +172,7 @@ def make_batches(
 ) -> list[Batch]: # At least one batch with at least one sample
     "Cut samples into batches on the model's device, each with its weight in the mean"
     check_loss(loss_fn)
-    if batch_size == 'auto': batch_size = _auto_batch_size(model, x, y)
+    if batch_size == 'auto': batch_size = auto_batch_size(model, x, y)
     if batch_size is not None and batch_size < 1: raise InputError(f'batch_size must be at least 1, got {batch_size}')
     device, batches = next((p.device for p in model.parameters()), 'cpu'), []
     cut = batch_size is not None and (y is not None or isinstance(x, (Tensor, tuple, dict))) and len(_first_tensor(x)) > batch_size

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import InputError, derive_seed
 
 # %% auto #0
-__all__ = ['Architecture', 'ARCHITECTURES', 'Dropout', 'simple_cnn', 'mlp', 'resnet', 'import_function', 'function_name',
-           'architecture_hyperparameters', 'architecture_name', 'evaluating', 'build_model', 'count_parameters',
-           'forward_flops']
+__all__ = ['SAMPLEWISE', 'Architecture', 'ARCHITECTURES', 'Dropout', 'simple_cnn', 'mlp', 'resnet', 'import_function',
+           'function_name', 'architecture_hyperparameters', 'architecture_name', 'evaluating', 'build_model',
+           'count_parameters', 'forward_flops']
 
 # %% ../nbs/11_models.ipynb #11models005
 def _number(config: dict[str, Any], name: str, default: float, low: float, high: float=float('inf'), whole: bool=True) -> float:
@@ -41,6 +41,8 @@ class Dropout(nn.Dropout):
         if not self.training: return x
         return x*(torch.rand(x.shape, device=x.device) >= self.probability)/(1-self.probability)
 
+SAMPLEWISE = (nn.Sequential, nn.Flatten, nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, Dropout) # treat each sample by itself, and do what they print
+
 # %% ../nbs/11_models.ipynb #11models007
 def _need_image(architecture: str, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
     "The shape as (channels, height, width)"
@@ -57,10 +59,11 @@ def simple_cnn(
     c_in, height, width = _need_image('simple_cnn', input_shape)
     channels, layers = _number(config, 'num_channels', 32, low=1), []
     for c in (channels, 2*channels, 4*channels):
-        layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()]
+        layers.append(nn.Conv2d(c_in, c, 3, padding=1))
         if min(height, width) > 1:
             layers.append(nn.MaxPool2d(2))
             height, width = height//2, width//2
+        layers.append(nn.ReLU()) # after the pool: the same function, and a quarter of the work
         c_in = c
     head = [nn.Flatten(), nn.Linear(c_in*height*width, 512), nn.ReLU(), _dropout(config, 0.), nn.Linear(512, n_classes)]
     return nn.Sequential(*layers, *head)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/43_population.ipynb #43population003
 from __future__ import annotations
-import os
+import contextlib, os
 from dataclasses import dataclass
 from typing import Any, Iterable, Iterator, Sequence
 import pandas as pd, safetensors.torch
@@ -125,7 +125,7 @@ def train_population(
     position = {id(task): i for i, task in enumerate(tasks)}
     groups = plan_groups(tasks, workers.n_workers if workers else n_workers, method)
     results, models = [None]*len(tasks), [None]*len(tasks)
-    with workers or Workers(min(n_workers, len(groups))) as pool:
+    with contextlib.nullcontext(workers) if workers else Workers(min(n_workers, len(groups))) as pool: # whoever opened workers closes them
         for group, found in pool.run(_train_group, [g.tasks for g in groups]):
             if isinstance(found, Exception): raise found
             for task, (weights, result) in zip(group, found):

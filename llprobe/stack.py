@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .batches import Totals, make_batches, mean_loss
 from .core import derive_seed
 from .data import Split
-from .models import Dropout, evaluating
+from .models import SAMPLEWISE, Dropout, evaluating
 from .optimization import OPTIMIZERS, learning_rate_factor, resolve_config
 from .sampler import sample_order
 from .training import (TrainResult, TrainSettings, batch_indices, epoch_batches, isolated, network_input, resolve_device, train)
@@ -21,7 +21,7 @@ from .training import (TrainResult, TrainSettings, batch_indices, epoch_batches,
 __all__ = ['stack_key', 'Stack', 'train_stack']
 
 # %% ../nbs/24_stack.ipynb #24stack005
-_LAYERS = (nn.Sequential, nn.Flatten, nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d, Dropout)
+_LAYERS = (*SAMPLEWISE, nn.BatchNorm2d)
 _SHARED = ('batch_size', 'augment', 'cutout', 'mixup', 'schedule', 'warmup')
 
 def _is_known(module: nn.Module) -> bool:

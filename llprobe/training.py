@@ -12,11 +12,11 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .augmentation import augment_batch, cutout, mixup
-from .batches import evaluate, settle_layout, task_loss
+from .batches import auto_batch_size, evaluate, settle_layout, task_loss
 from .checkpoint import load_checkpoint, save_checkpoint
 from .core import InputError, derive_seed, digest
 from .data import Split, normalise
-from .models import evaluating
+from .models import SAMPLEWISE, evaluating
 from .optimization import (Averaging, ascended, learning_rate_factor, make_optimizer, resolve_config, trainable,
                                   untracked_batchnorm)
 from .sampler import sample_order
@@ -137,6 +137,8 @@ class Trainer:
         self.optimizer, self.averaging = make_optimizer(self.model, self.config), Averaging(self.model, self.config, settings.n_epochs)
         mixed = sample_order(split.val_y, 'stratified', seed) # so that the first n are a fair sample
         self.val_x, self.val_y = (t.to(self.device) for t in split.samples('val', mixed))
+        small = self.device.type == 'cpu' and all(type(m) in SAMPLEWISE for m in self.model.modules())
+        self.micro_batch = max(64, auto_batch_size(self.model, network_input(split, self.x[:2]), self.y[:2])) if small else self.config['batch_size']
         self.steps_per_epoch = len(batch_indices(len(self.x), self.config['batch_size'], torch.Generator()))
         self.curve, self.epoch, self.train_samples, self.forward_samples, self.seconds = [], 0, 0, 0, 0.0
 
@@ -166,12 +168,16 @@ def _backward(self: Trainer,
     x: Tensor, # Normalised batch
     targets: list[tuple[float, Tensor]], # Targets (n,) and their weights
 ) -> Tensor: # The batch's mean loss, detached
-    "Fresh gradients"
+    "Fresh gradients, added up over micro-batches"
     self.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast('cuda', torch.bfloat16, enabled=x.is_cuda): outputs = self.model(x).float()
-    loss = sum(weight*task_loss(outputs, y, self.config['label_smoothing']) for weight, y in targets)
-    loss.backward()
-    return loss.detach()
+    total, k = 0., self.micro_batch
+    for start in range(0, len(x), k):
+        part = slice(start, start+k)
+        with torch.autocast('cuda', torch.bfloat16, enabled=x.is_cuda): outputs = self.model(x[part]).float()
+        loss = sum(weight*task_loss(outputs, y[part], self.config['label_smoothing']) for weight, y in targets)*(len(outputs)/len(x))
+        loss.backward()
+        total += loss.detach()
+    return total
 
 @patch
 def _step(self: Trainer,

@@ -34,12 +34,18 @@ class Pictures(VisionDataset):
     def __getitem__(self, i): return self.transform(Image.fromarray(self.data[i])), int(self.targets[i])
 
 
+def textbook_network(c=32):
+    "What `simple_cnn` computes, in the usual order of layers"
+    blocks = [layer for a, b in ((3, c), (c, 2*c), (2*c, 4*c)) for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4*c*16, 512), nn.ReLU(), nn.Dropout(0.2), nn.Linear(512, 10))
+
+
 def plain_loop(n, workers=2):
     "The usual loop for one epoch: torchvision transforms, a DataLoader with workers, one optimiser step a batch"
     transform = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
                                     transforms.Normalize((0.5,)*3, (0.25,)*3)])
     loader = DataLoader(Pictures(n, transform), batch_size=128, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
-    model, loss_fn = build_model('simple_cnn', CONFIG, (3, 32, 32), 10), nn.CrossEntropyLoss()
+    model, loss_fn = textbook_network(), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
     def epoch():

@@ -138,7 +138,7 @@ class Trainer:
         mixed = sample_order(split.val_y, 'stratified', seed) # so that the first n are a fair sample
         self.val_x, self.val_y = (t.to(self.device) for t in split.samples('val', mixed))
         small = self.device.type == 'cpu' and all(type(m) in SAMPLEWISE for m in self.model.modules())
-        self.micro_batch = max(64, auto_batch_size(self.model, network_input(split, self.x[:2]), self.y[:2])) if small else self.config['batch_size']
+        self.micro_batch = max(64, auto_batch_size(self.model, network_input(split, self.x[:2]), self.y[:2])) if small else None # the whole batch
         self.steps_per_epoch = len(batch_indices(len(self.x), self.config['batch_size'], torch.Generator()))
         self.curve, self.epoch, self.train_samples, self.forward_samples, self.seconds = [], 0, 0, 0, 0.0
 
@@ -170,7 +170,7 @@ def _backward(self: Trainer,
 ) -> Tensor: # The batch's mean loss, detached
     "Fresh gradients, added up over micro-batches"
     self.optimizer.zero_grad(set_to_none=True)
-    total, k = 0., self.micro_batch
+    total, k = 0., self.micro_batch or len(x)
     for start in range(0, len(x), k):
         part = slice(start, start+k)
         with torch.autocast('cuda', torch.bfloat16, enabled=x.is_cuda): outputs = self.model(x[part]).float()

@@ -60,7 +60,8 @@ def test_no_worker_outlives_its_driver(tmp_path, how):
     script, pids = tmp_path/'driver.py', tmp_path/'pids'
     pids.mkdir()
     script.write_text(DRIVER.format(tests=str(Path(__file__).parent), folder=str(pids)))
-    driver = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
+    # a shell's background jobs ignore Ctrl-C, and so would their children
+    driver = subprocess.Popen([sys.executable, script], stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     _until(lambda: len(list(pids.iterdir())) == 2)
     driver.send_signal(how)
     driver.wait(20)

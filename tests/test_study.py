@@ -131,7 +131,8 @@ def test_a_hyperparameter_that_nothing_reads_is_named(tmp_path):
 
 def test_ctrl_c_stops_cleanly_and_the_command_says_how_to_go_on(tmp_path):
     out = tmp_path/'stopped'
-    driver = subprocess.Popen([*LLPROBE, 'run', *STUDY, '--out', str(out), '--jobs', '2'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    driver = subprocess.Popen([*LLPROBE, 'run', *STUDY, '--out', str(out), '--jobs', '2'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore Ctrl-C
     while len(finished(out)) < 2 and driver.poll() is None:
         time.sleep(0.02)
     driver.send_signal(signal.SIGINT)

@@ -88,14 +88,14 @@ def adversarial_plane(
     **options: Any, # scale, loss_fn, batch_size, names and batchnorm, as for `adversarial_offset`
 ) -> Plane: # The worst perturbation is marked
     "The worst direction, and what the gradient has besides"
-    worst = adversarial_offset(model, x, y, radius, n_steps=n_steps, seed=seed, **options)
+    worst, cost = adversarial_offset(model, x, y, radius, n_steps=n_steps, seed=seed, **options)
     length = tree_norm(worst)
     if not length: raise InputError('there is no adversarial direction: the loss does not rise within the radius')
     first = {n: t/length for n, t in worst.items()}
-    step = adversarial_offset(model, x, y, radius*1e-3, n_steps=1, seed=seed, **options)
+    step, more = adversarial_offset(model, x, y, radius*1e-3, n_steps=1, seed=seed, **options)
     second = _orthogonal_unit(step, first) or _orthogonal_unit(random_direction(model, seed, 0, list(first)), first)
     if second is None: raise InputError('the model has too few weights for a plane: take a line')
-    return Plane([first, second], 'adversarial', marks=np.array([[length, 0.]]))
+    return Plane([first, second], 'adversarial', marks=np.array([[length, 0.]]), facts=dict(cost=cost+more))
 
 # %% ../nbs/36_directions.ipynb #36directions00f
 def _difference(model: nn.Module, a: Any, b: Any) -> dict[str, Tensor]: # a - b over the model's parameters

@@ -206,12 +206,15 @@ def trajectory_losses(
     x: Any, # Inputs, or a loader of (inputs, targets)
     y: Any = None, # Targets
     **options: Any, # loss_fn, batch_size and batchnorm, as for `evaluate_points`
-) -> pd.DataFrame: # One row per checkpoint: x, y, distance from the plane, loss, plane_loss
+) -> pd.DataFrame: # One row per checkpoint: x, y, distance from the plane, loss, plane_loss; attrs['cost'] in forward passes
     "The true loss along the training's path, next to that of its projection"
     if plane.marks is None or len(plane.marks) != len(checkpoints):
         raise InputError(f'the plane must be of the same {len(checkpoints)} checkpoints: make it by trajectory_plane')
-    found, _ = evaluate_points(model, plane.directions, plane.marks, x, y, origin=plane.origin, **options)
+    found, cost = evaluate_points(model, plane.directions, plane.marks, x, y, origin=plane.origin, **options)
     losses = []
     for checkpoint in checkpoints:
         with loss_surface(model, x, y, origin=checkpoint, **options) as surface: losses.append(surface.evaluate()['loss'])
-    return pd.DataFrame(dict(x=plane.marks[:, 0], y=plane.marks[:, 1], distance=plane.facts['distance'], loss=losses, plane_loss=found['loss']))
+        cost += surface.cost
+    table = pd.DataFrame(dict(x=plane.marks[:, 0], y=plane.marks[:, 1], distance=plane.facts['distance'], loss=losses, plane_loss=found['loss']))
+    table.attrs['cost'] = cost
+    return table

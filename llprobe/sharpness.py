@@ -178,13 +178,13 @@ def adversarial_offset(
     n_steps: int = 10, # Gradients of the ascent
     seed: int = 0, # Of the random start, which is used where the gradient is zero
     **options: Any, # loss_fn, batch_size, names and batchnorm, as for `loss_surface`
-) -> dict[str, Tensor]: # By parameter name, within the radius
+) -> tuple[dict[str, Tensor], int]: # By parameter name, within the radius; cost in forward passes of one sample
     "The worst perturbation found by projected ascent"
     allowed = _check_set(radius, norm, n_steps, 1, None)
     with loss_surface(model, x, y, **options) as surface:
         scales = {n: _scale(n, c, scale, biases) for n, c in surface.centre.items()}
         centre = _Point({n: torch.zeros_like(c) for n, c in surface.centre.items()}, *surface.gradient())
-        return _maximum(surface, centre, allowed._replace(scales=scales), n_steps, 1, seed).offset
+        return _maximum(surface, centre, allowed._replace(scales=scales), n_steps, 1, seed).offset, surface.cost
 
 # %% ../nbs/32_sharpness.ipynb #32sharpness01a
 def keskar_sharpness(

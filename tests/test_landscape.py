@@ -363,3 +363,11 @@ def test_names_of_quantities_are_escaped_for_paraview(tmp_path):
 def test_no_level_is_no_landscape(argument):
     model, x, y = small()
     with pytest.raises(ValueError, match='n_levels must be at least 1'): next(progressive_landscape(model, x, y, **argument))
+
+
+def test_planes_and_trajectories_state_their_cost():
+    model, x, y = small()
+    assert adversarial_plane(model, x, y, n_steps=2).facts['cost'] >= 2*3*64  # two gradients at least
+    path = [elsewhere(model, s) for s in range(3)]
+    plane = trajectory_plane(model, path)
+    assert trajectory_losses(model, plane, path, x, y).attrs['cost'] == 2*3*64  # three points of the plane, three checkpoints

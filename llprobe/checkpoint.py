@@ -8,7 +8,7 @@ import hashlib, json, math
 from pathlib import Path
 from typing import Any
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 import torch
 from torch import Tensor
 from .core import InputError, atomic_path, plain
@@ -45,10 +45,9 @@ def load_checkpoint(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]: # Tensors on the CPU, facts
     "Read one file; raises `InputError` if it is missing, foreign or damaged"
     try:
-        with safe_open(path, 'pt') as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        facts, digest = metadata['facts'], metadata['digest']
+        content = Path(path).read_bytes() # opened once: `safe_open` opens it twice, and a writer may replace it in between
+        tensors, header = load(content), json.loads(content[8:8+int.from_bytes(content[:8], 'little')])
+        facts, digest = header['__metadata__']['facts'], header['__metadata__']['digest']
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f'{path} is not a readable checkpoint ({type(error).__name__}: {error}): delete it to train from the start') from error
     if _digest(tensors, facts) != digest: raise InputError(f'checkpoint {path} is damaged (its digest differs): delete it to train from the start')

@@ -14,7 +14,7 @@ from .core import InputError, derive_seed, score_key
 from .batches import evaluate, settle_layout
 from .data import Dataset, Split
 from .models import evaluating, import_function
-from .training import TrainResult, TrainSettings, batch_indices, isolated, network_input, resolve_device
+from .training import TrainResult, TrainSettings, batch_indices, is_finite, isolated, network_input, resolve_device
 
 # %% auto #0
 __all__ = ['TrainingFunction', 'Subset', 'make_subset', 'run_training', 'find_training', 'check_training', 'lightning_training']
@@ -113,16 +113,14 @@ def _call(function: TrainingFunction, config: dict, subset: Subset, seed: int) -
         raise RuntimeError(f'the training function left Python with exit code {error.code}') from error
 
 # %% ../nbs/25_custom_training.ipynb #25customtrai010
-def _is_finite(row: dict[str, float]) -> bool: return all(math.isfinite(row.get(name, 0.)) for name in ('train_loss', 'val_loss'))
-
 def _result(curve: list[dict[str, float]], scores: dict[str, float], n: int, n_val: int, dataset: Dataset) -> TrainResult:
     "What llprobe records of a foreign training"
-    status = 'ok' if _is_finite(curve[-1]) and math.isfinite(scores['loss']) else 'diverged'
+    status = 'ok' if is_finite(curve[-1]) and math.isfinite(scores['loss']) else 'diverged'
     if status == 'diverged': scores = {'loss': math.nan, dataset.metric: dataset.chance_score}
     own = score_key('val', dataset.metric)
     names = dict(train_loss='train_loss', val_loss='val_loss', val_score=own, gradient_norm='gradient_norm', seconds='seconds')
     rows = [dict(epoch=epoch) | {name: row.get(said, math.nan) for name, said in names.items()} for epoch, row in enumerate(curve, 1)]
-    n_good = len(rows) if status == 'ok' else next((i for i, row in enumerate(curve) if not _is_finite(row)), len(rows))
+    n_good = len(rows) if status == 'ok' else next((i for i, row in enumerate(curve) if not is_finite(row)), len(rows))
     validated = 1+sum('val_loss' in row or own in row for row in curve)
     return TrainResult(status=status, curve=rows[:n_good], val_loss=scores['loss'], val_score=scores[dataset.metric],
                        train_samples=round(sum(row.get('samples', n) for row in curve)), forward_samples=n_val*validated, seconds=math.nan)

@@ -293,7 +293,8 @@ def loss_surface(
     recalibrate, free = check_batchnorm(batchnorm), list(free_parameters(model, names))
     samples = dict(train=(x, y)) if samples is None else samples
     _check_samples(samples)
-    for name, value in model.state_dict(keep_vars=True).items(): _check_finite(name, value, isinstance(value, nn.Parameter))
+    for name, value in model.state_dict(keep_vars=True).items(): # `free_parameters` has looked at the free ones
+        if name not in free: _check_finite(name, value, isinstance(value, nn.Parameter))
     with restored(model) as centre:
         if origin is not None:
             load_weights(model, origin)

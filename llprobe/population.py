@@ -12,14 +12,14 @@ from torch import nn
 from .core import InputError
 from .data import Dataset, cached_file
 from .execution import Workers
-from .models import build_model, forward_flops
+from .models import forward_flops
 from .optimization import resolve_config
-from .probe import ProbeSettings, ProbeTask, run_probes, task_split, train_tasks
+from .probe import ProbeSettings, ProbeTask, pack_weights, run_probes, task_model, task_split, train_tasks
 from .stack import stack_key
 from .training import TrainResult, resolve_device
 
 # %% auto #0
-__all__ = ['METHODS', 'Group', 'plan_groups', 'probe_population', 'Population', 'train_population']
+__all__ = ['METHODS', 'Group', 'plan_groups', 'probe_population', 'default_workers', 'Population', 'train_population']
 
 # %% ../nbs/43_population.ipynb #43population005
 METHODS = ('auto', 'stack', 'alone')
@@ -36,8 +36,7 @@ def _key(task: ProbeTask) -> tuple|None:
     "Equal for tasks that can be stacked; None for one that must be trained alone"
     s, d = task.settings, task_split(task).dataset
     if task.purpose != 'probe' or task.checkpoint or s.training is not None: return None
-    model = build_model(s.architecture or 'simple_cnn', task.config, d.input_shape, d.n_outputs)
-    key = stack_key(model, resolve_config(task.config, s.train.shared, d.task))
+    key = stack_key(task_model(task), resolve_config(task.config, s.train.shared, d.task))
     return key and (key, task.data_path, task.level, task.seed, s)
 
 def _reason(tasks: Sequence[ProbeTask], method: str) -> tuple[bool, str]: # Whether to stack, why
@@ -48,7 +47,7 @@ def _reason(tasks: Sequence[ProbeTask], method: str) -> tuple[bool, str]: # Whet
     if resolve_device(s.train.device).type != 'cpu': return True, 'a GPU has room for all of them in one step'
     d = task_split(task).dataset
     batch_size = resolve_config(task.config, s.train.shared, d.task)['batch_size']
-    work = batch_size*forward_flops(build_model(s.architecture or 'simple_cnn', task.config, d.input_shape, d.n_outputs), d.input_shape)
+    work = batch_size*forward_flops(task_model(task), d.input_shape)
     if len(tasks) < _CPU_MEMBERS: return False, f'{len(tasks)} networks are too few to gain by stacking on a CPU'
     if work > _CPU_MULTIPLY_ADDS: return False, f'a step of {work:.1e} multiply-adds keeps a CPU busy'
     return True, f'a step of {work:.1e} multiply-adds leaves a CPU idle'
@@ -89,6 +88,14 @@ def probe_population(
         yield task, result if isinstance(result, Exception) else result[0]
 
 # %% ../nbs/43_population.ipynb #43population00c
+def default_workers(
+    device: str = 'auto', # As in `TrainSettings`
+) -> int: # One per core this process may use; one on a GPU
+    "How many probes run at once"
+    if resolve_device(device).type != 'cpu': return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+# %% ../nbs/43_population.ipynb #43population00e
 @dataclass
 class Population:
     "Trained configs, in the order in which they were given"
@@ -104,10 +111,9 @@ class Population:
 
 def _train_group(tasks: tuple[ProbeTask, ...]) -> list[tuple[bytes, TrainResult]]:
     "What a worker sends back: weights as safetensors, and results"
-    def packed(model: nn.Module) -> bytes: return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
-    return [(packed(model), result) for model, result in train_tasks(tasks)]
+    return [(pack_weights(model), result) for model, result in train_tasks(tasks)]
 
-# %% ../nbs/43_population.ipynb #43population00d
+# %% ../nbs/43_population.ipynb #43population00f
 def train_population(
     configs: Sequence[dict], # Hyper-parameters
     dataset: Dataset,
@@ -120,7 +126,7 @@ def train_population(
 ) -> Population:
     "Train many configs at once; raises the first error that a training raised"
     if not configs: raise InputError('there must be at least one config, got none')
-    n_workers = n_workers or (len(os.sched_getaffinity(0)) if resolve_device(settings.train.device).type == 'cpu' else 1)
+    n_workers = n_workers or default_workers(settings.train.device)
     tasks = [ProbeTask(str(cached_file(dataset)), dict(config), level, seed, settings=settings) for config in configs]
     position = {id(task): i for i, task in enumerate(tasks)}
     groups = plan_groups(tasks, workers.n_workers if workers else n_workers, method)
@@ -130,7 +136,7 @@ def train_population(
             if isinstance(found, Exception): raise found
             for task, (weights, result) in zip(group, found):
                 i = position[id(task)]
-                results[i], models[i] = result, build_model(settings.architecture or 'simple_cnn', task.config, dataset.input_shape, dataset.n_outputs)
+                results[i], models[i] = result, task_model(task)
                 models[i].load_state_dict(safetensors.torch.load(weights))
     plan = pd.DataFrame([dict(method=g.method, configs=[position[id(t)] for t in g.tasks], reason=g.reason) for g in groups])
     return Population(results, models, plan)

@@ -22,8 +22,8 @@ from .stack import train_stack
 from .training import TrainResult, TrainSettings, isolated, network_input, resolve_device, train
 
 # %% auto #0
-__all__ = ['FORWARDS_PER_TRAIN_SAMPLE', 'ProbeSettings', 'ProbeTask', 'load_split', 'task_split', 'task_indices', 'train_tasks',
-           'run_probes', 'run_probe', 'crashed_record', 'full_training_equivalents']
+__all__ = ['FORWARDS_PER_TRAIN_SAMPLE', 'ProbeSettings', 'ProbeTask', 'load_split', 'task_split', 'task_indices', 'task_model',
+           'pack_weights', 'train_tasks', 'run_probes', 'run_probe', 'crashed_record', 'full_training_equivalents']
 
 # %% ../nbs/40_probe.ipynb #40probe005
 @dataclass(frozen=True)
@@ -100,15 +100,28 @@ def _responses(
     return [{name: value for name, value in row.items() if name != 'r2'} for row in rows], cost # on the same samples R² says what the loss says
 
 # %% ../nbs/40_probe.ipynb #40probe00d
+def task_model(
+    task: ProbeTask,
+) -> torch.nn.Module: # Not trained yet
+    "The network that llprobe's own loop trains for a task"
+    dataset = task_split(task).dataset
+    return build_model(task.settings.architecture or 'simple_cnn', task.config, dataset.input_shape, dataset.n_outputs, seed=task.seed)
+
+def pack_weights(
+    model: torch.nn.Module,
+) -> bytes: # For `safetensors.torch.load`
+    "Parameters and buffers as safetensors"
+    return safetensors.torch.save({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}) # it refuses shared memory
+
 def train_tasks(
     tasks: Sequence[ProbeTask], # Of one data set, level, seed and settings
     on_epoch: Callable[[dict], None] | None = None, # Called with each new row of the curve of a single task
 ) -> list[tuple[torch.nn.Module, TrainResult]]:
     "Build and train; several tasks as one stack"
     first, split, indices = tasks[0], task_split(tasks[0]), task_indices(tasks[0])
-    s, dataset = first.settings, split.dataset
+    s = first.settings
     if s.training is not None: return [run_training(s.training, t.config, split, indices, t.level, s.train, t.seed, on_epoch) for t in tasks]
-    models = [build_model(s.architecture or 'simple_cnn', t.config, dataset.input_shape, dataset.n_outputs, seed=t.seed) for t in tasks]
+    models = [task_model(t) for t in tasks]
     if len(tasks) > 1: return list(zip(models, train_stack(models, [t.config for t in tasks], split, indices, s.train, first.seed)))
     return [(models[0], train(models[0], first.config, split, indices, s.train, first.seed, on_epoch, first.checkpoint))]
 
@@ -119,8 +132,7 @@ def _finish(task: ProbeTask, model: torch.nn.Module, result: TrainResult) -> dic
                   train_samples=result.train_samples, forward_samples=float(result.forward_samples), curve=result.curve)
     if task.purpose == 'final':
         test = _test(task, model) if result.status == 'ok' else dict(test_score=dataset.chance_score, test_loss=math.nan)
-        state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()} # safetensors refuses shared memory
-        record |= dict(test, weights=safetensors.torch.save(state))
+        record |= dict(test, weights=pack_weights(model))
     elif result.status == 'ok':
         record['responses'], cost = _responses(task, model, indices)
         record['forward_samples'] += cost

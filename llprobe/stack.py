@@ -15,7 +15,7 @@ from .data import Split
 from .models import SAMPLEWISE, Dropout, evaluating
 from .optimization import OPTIMIZERS, learning_rate_factor, resolve_config
 from .sampler import sample_order
-from .training import (TrainResult, TrainSettings, batch_indices, epoch_batches, isolated, network_input, resolve_device, train)
+from .training import (TrainResult, TrainSettings, batch_indices, epoch_batches, is_finite, isolated, network_input, resolve_device, train)
 
 # %% auto #0
 __all__ = ['stack_key', 'Stack', 'train_stack']
@@ -141,7 +141,7 @@ def _move(self: Stack, gradients: Sequence[Tensor], norms: Tensor, step: int) ->
     for kind in dict.fromkeys(kinds):
         part = slice(kinds.index(kind), kinds.index(kind)+kinds.count(kind))
         for (name, memory), g in zip(self.memory.items(), gradients):
-            _update(kind, self.weights[name][part], (g*_per_member(scale, g))[part], {k: t[part] for k, t in memory.items()},
+            _update(kind, self.weights[name][part], g[part]*_per_member(scale, g)[part], {k: t[part] for k, t in memory.items()},
                     rate[part], momentum[part], decay[part], step+1)
 
 # %% ../nbs/24_stack.ipynb #24stack00e
@@ -202,7 +202,7 @@ def _train_together(models: Sequence[nn.Module], configs: Sequence[dict], split:
     curves, failed = [[] for _ in models], {}
     while stack.epoch < settings.n_epochs and stack.active:
         rows = stack.run_epoch()
-        good = [k for k, row in enumerate(rows) if math.isfinite(row['train_loss']) and math.isfinite(row['val_loss'])]
+        good = [k for k, row in enumerate(rows) if is_finite(row)]
         for k in good: curves[stack.active[k]].append(rows[k])
         failed |= {i: stack.epoch for k, i in enumerate(stack.active) if k not in good}
         if len(good) < len(rows): stack.keep(good)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/61_study.ipynb #61study003
 from __future__ import annotations
-import contextlib, errno, functools, importlib.metadata, os, platform, sys, tempfile
+import contextlib, errno, functools, importlib.metadata, platform, sys, tempfile
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .execution import Workers
 from .metamodel import PowerLawModel
 from .models import architecture_hyperparameters, architecture_name, build_model, forward_flops, function_name
 from .optimization import DEFAULTS, resolve_config
-from .population import METHODS, probe_population
+from .population import METHODS, default_workers, probe_population
 from .probe import ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
 from .search import Search, Trial, check_levels
 from .space import SearchSpace, default_space
@@ -27,8 +27,7 @@ from .store import Store, open_store
 from .training import resolve_device
 
 # %% auto #0
-__all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'default_workers', 'open_study', 'run_study', 'run_probes',
-           'summarise']
+__all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'open_study', 'run_study', 'run_probes', 'summarise']
 
 # %% ../nbs/61_study.ipynb #61study005
 @dataclass(frozen=True)
@@ -65,6 +64,13 @@ def _check_names(architecture: str|Callable, names: Iterable[str]) -> None:
     for name in names if own is not None else ():
         if name not in known: raise InputError(f'{name!r} is read neither by {architecture_name(architecture)} nor by training: choose from {", ".join(known)}')
 
+def _check_configs(s: ProbeSettings, configs: list[dict], dataset: Dataset) -> None:
+    "Raise `InputError` for a config that llprobe's own loop cannot train"
+    _check_names(s.architecture, dict.fromkeys(name for config in configs for name in config))
+    for config in configs:
+        resolve_config(config, s.train.shared, dataset.task)
+        build_model(s.architecture, config, dataset.input_shape, dataset.n_outputs)
+
 def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -> None:
     "Raise `InputError` for what would fail later"
     s = settings.probe
@@ -73,10 +79,7 @@ def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -
     if s.train.n_epochs < 1: raise InputError(f'epochs must be at least 1, got {s.train.n_epochs}')
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     if s.training is not None: check_training(s.training, s.train)
-    if s.training is None: _check_names(s.architecture, dict.fromkeys(name for config in configs for name in config))
-    for config in configs if s.training is None else ():
-        resolve_config(config, s.train.shared, split.dataset.task)
-        build_model(s.architecture, config, split.dataset.input_shape, split.dataset.n_outputs)
+    else: _check_configs(s, configs, split.dataset)
     for level in settings.levels: task_indices(ProbeTask(data_path, configs[0], level, settings.seed, settings=s))
 
 # %% ../nbs/61_study.ipynb #61study00a
@@ -121,13 +124,6 @@ def hardware(device: str = 'auto') -> dict[str, Any]: # device, name, cores
     names = [line.split(':', 1)[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
     name = torch.cuda.get_device_name(kind) if kind.type == 'cuda' else [*names, platform.processor() or platform.machine()][0]
     return dict(device=kind.type, name=name, cores=default_workers('cpu'))
-
-def default_workers(
-    device: str = 'auto', # As in `TrainSettings`
-) -> int: # One per core this process may use; one on a GPU
-    "How many probes run at once"
-    if resolve_device(device).type != 'cpu': return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../nbs/61_study.ipynb #61study00f
 def open_study(

@@ -22,8 +22,8 @@ from .optimization import (Averaging, ascended, learning_rate_factor, make_optim
 from .sampler import sample_order
 
 # %% auto #0
-__all__ = ['TrainSettings', 'resolve_device', 'network_input', 'batch_indices', 'epoch_batches', 'TrainResult', 'isolated',
-           'Trainer', 'train']
+__all__ = ['TrainSettings', 'resolve_device', 'network_input', 'batch_indices', 'epoch_batches', 'TrainResult', 'is_finite',
+           'isolated', 'Trainer', 'train']
 
 # %% ../nbs/23_training.ipynb #23training005
 @dataclass(frozen=True)
@@ -102,6 +102,10 @@ class TrainResult:
     forward_samples: int  # Samples processed by forward passes alone
     seconds: float        # Wall clock, that before a checkpoint included
 
+def is_finite(row: dict) -> bool: # Of a curve; a loss that is not there counts as finite
+    "Has the training not diverged by this epoch?"
+    return all(math.isfinite(row.get(name, 0.)) for name in ('train_loss', 'val_loss'))
+
 # %% ../nbs/23_training.ipynb #23training013
 @contextlib.contextmanager
 def isolated(
@@ -132,13 +136,13 @@ class Trainer:
         self.device = resolve_device(settings.device)
         self.model = model.to(self.device)
         self.x, self.y = (t.to(self.device) for t in split.samples('train', indices))
-        with evaluating(self.model), torch.no_grad(), isolated(0, self.device, settings.n_threads):
-            settle_layout(self.model, network_input(split, self.x[:2]), weights=True)
+        few = network_input(split, self.x[:2])
+        with evaluating(self.model), torch.no_grad(), isolated(0, self.device, settings.n_threads): settle_layout(self.model, few, weights=True)
         self.optimizer, self.averaging = make_optimizer(self.model, self.config), Averaging(self.model, self.config, settings.n_epochs)
         mixed = sample_order(split.val_y, 'stratified', seed) # so that the first n are a fair sample
         self.val_x, self.val_y = (t.to(self.device) for t in split.samples('val', mixed))
         small = self.device.type == 'cpu' and all(type(m) in SAMPLEWISE for m in self.model.modules())
-        self.micro_batch = max(64, auto_batch_size(self.model, network_input(split, self.x[:2]), self.y[:2])) if small else None # the whole batch
+        self.micro_batch = max(64, auto_batch_size(self.model, few, self.y[:2])) if small else None # the whole batch
         self.steps_per_epoch = len(batch_indices(len(self.x), self.config['batch_size'], torch.Generator()))
         self.curve, self.epoch, self.train_samples, self.forward_samples, self.seconds = [], 0, 0, 0, 0.0
 
@@ -282,7 +286,7 @@ def train(
     if checkpoint and Path(checkpoint).exists(): trainer.resume(checkpoint)
     while trainer.epoch < settings.n_epochs and status == 'ok':
         row = trainer.run_epoch()
-        if math.isfinite(row['train_loss']) and math.isfinite(row['val_loss']): trainer.curve.append(row)
+        if is_finite(row): trainer.curve.append(row)
         else: status = 'diverged'
         if checkpoint and status == 'ok': trainer.save(checkpoint)
         if on_epoch: on_epoch(row)

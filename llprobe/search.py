@@ -6,16 +6,17 @@
 from __future__ import annotations
 import math, time
 from dataclasses import dataclass
-from typing import Sequence
-import pandas as pd
+from typing import Any, Sequence
+import numpy as np, pandas as pd
 from fastcore.basics import patch
+from .adaptive import AdaptiveSearch, Rung
 from .core import InputError
 from .features import feature_frame
 from .metamodel import MetaModel
 from .space import SearchSpace, config_id
 
 # %% auto #0
-__all__ = ['Trial', 'check_levels', 'Search']
+__all__ = ['Trial', 'check_levels', 'Search', 'BudgetSearch']
 
 # %% ../nbs/60_search.ipynb #60search004
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def check_levels(
     return levels
 
 # %% ../nbs/60_search.ipynb #60search007
+def _stage(level: float) -> str: return f'after level {level:g}'
+
 class Search:
     "Successive levels, ranked by the meta-model's prediction; ask and tell"
     def __init__(self,
@@ -56,9 +59,9 @@ class Search:
         self.space, self.configs, self.metamodel = space, {config_id(c): c for c in configs}, metamodel
         self.levels, self.promote, self.data_features = check_levels(levels), promote, data_features
         self.records: dict[tuple[str, float, str], dict] = {}
-        self.predictions: dict[str, pd.DataFrame] = {} # After each finished rung, by its level as text
+        self.predictions: dict[str, pd.DataFrame] = {} # By stage, such as 'after level 0.1'
         self.rungs: list[list[str]] = [list(self.configs)] # Config ids at each level reached so far
-        self.metamodel_seconds = 0.0
+        self.metamodel_seconds, self.last_stage = 0.0, _stage(self.levels[-1])
 
     def rung_sizes(self) -> list[int]: # Probes at each level
         "How many configs each level will see"
@@ -83,16 +86,21 @@ def frame(self: Search) -> pd.DataFrame: # From `features.feature_frame`
 
 # %% ../nbs/60_search.ipynb #60search009
 @patch
+def _predict(self: Search, stage: str, level: float = 1.0) -> pd.DataFrame: # Also kept in `predictions`
+    "Fit the meta-model on the probes up to a level, and predict"
+    start, frame = time.perf_counter(), self.frame()
+    probes = frame[(frame.purpose == 'probe') & (frame['level'] <= level)]
+    self.predictions[stage] = table = self.metamodel.fit(probes).predict(probes)
+    self.metamodel_seconds += time.perf_counter()-start
+    return table
+
+@patch
 def _advance(self: Search) -> bool: # Whether a rung was decided
     "Decide the highest rung if all its probes are in: predict, and promote the best share"
     level = self.levels[len(self.rungs)-1]
     done = all((c, level, 'probe') in self.records for c in self.rungs[-1])
-    if not done or f'{level:g}' in self.predictions: return False
-    start, frame = time.perf_counter(), self.frame()
-    probes = frame[(frame.purpose == 'probe') & (frame['level'] <= level)]
-    table = self.metamodel.fit(probes).predict(probes)
-    self.predictions[f'{level:g}'] = table
-    self.metamodel_seconds += time.perf_counter()-start
+    if not done or _stage(level) in self.predictions: return False
+    table = self._predict(_stage(level), level)
     if len(self.rungs) < len(self.levels):
         best = table.loc[self.rungs[-1], 'mean'].sort_values(ascending=False, kind='stable')
         self.rungs.append(list(best.index[:self.rung_sizes()[len(self.rungs)]]))
@@ -104,18 +112,56 @@ def ask(self: Search) -> list[Trial]: # Empty when everything asked for is in, o
     while self._advance(): pass
     level = self.levels[len(self.rungs)-1]
     trials = [Trial(self.configs[c], level, 'probe') for c in self.rungs[-1]]
-    if f'{level:g}' in self.predictions: trials = [Trial(self.configs[self.best], 1.0, 'final')]
+    if _stage(level) in self.predictions: trials = [Trial(self.configs[self.best], 1.0, 'final')]
     return [t for t in trials if t.key not in self.records]
 
 # %% ../nbs/60_search.ipynb #60search00b
 @patch(as_prop=True)
 def final_predictions(self: Search) -> pd.DataFrame: # By config_id: mean, std, level …
     "The predictions after the last rung; raises `RuntimeError` before"
-    if f'{self.levels[-1]:g}' not in self.predictions: raise RuntimeError('the search is still running: there is no final prediction yet')
-    return self.predictions[f'{self.levels[-1]:g}']
+    if self.last_stage not in self.predictions: raise RuntimeError('the search is still running: there is no final prediction yet')
+    return self.predictions[self.last_stage]
 
 @patch(as_prop=True)
 def best(self: Search) -> str: # Its config_id
     "The config trained in full, or else the one predicted to be best on all of the data"
     trained = [config for config, _, purpose in self.records if purpose == 'final']
     return trained[0] if trained else self.final_predictions['mean'].idxmax()
+
+# %% ../nbs/60_search.ipynb #60search013
+class BudgetSearch(Search):
+    "What to probe next, as long as the budget lasts; ask and tell"
+    def __init__(self,
+        space: SearchSpace,
+        configs: Sequence[dict], # The pool: distinct configs of the space, tried in this order while nothing is known
+        metamodel: MetaModel, # `fit` once, when the budget is spent
+        budget: float, # In full trainings, with the last full training
+        levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4),
+        data_features: dict[str, float]|None = None, # Passed on to the features
+        overhead: float = 0.0, # Cost of each probe besides its training, in full trainings
+        **options: Any, # Of `adaptive.AdaptiveSearch`
+    ):
+        super().__init__(space, configs, metamodel, levels, 1.0, data_features)
+        self.budget, self.last_stage = budget, 'after the budget'
+        dearest = max(self.levels)+overhead
+        if budget < 1+dearest: raise InputError(f'budget must be at least {1+dearest:.3g}, for one probe at level {max(self.levels):g} and the full training, got {budget:g}')
+        ladder = [Rung(level, 1, level+overhead) for level in self.levels]
+        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-1, **options)
+
+    def rung_sizes(self) -> list[int]: # Empty: it depends on what is found
+        "Nothing is planned ahead"
+        return []
+
+    def ask(self) -> list[Trial]: # Empty when the full training is in
+        "What may run now"
+        ids = list(self.configs)
+        while steps := self.adaptive.ask():
+            keys = {s.number: (ids[s.candidate], self.levels[s.rung], 'probe') for s in steps}
+            if not any(key in self.records for key in keys.values()): return [Trial(self.configs[key[0]], *key[1:]) for key in keys.values()]
+            for number, key in keys.items():
+                if key in self.records: self.adaptive.tell(number, self._score(self.records[key]))
+        if self.last_stage not in self.predictions: self._predict(self.last_stage)
+        return [t for t in [Trial(self.configs[self.best], 1.0, 'final')] if t.key not in self.records]
+
+    def _score(self, record: dict) -> float: # NaN for a failure
+        return record['val_score'] if record['status'] == 'ok' else np.nan

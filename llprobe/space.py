@@ -311,6 +311,10 @@ class SearchSpace(_Definition):
         "Draw `n` configs"
         return _sample(self, n, seed, design)
 
+    def count(self, most: int) -> int:
+        "How many different configs there are, or `most` if there are more"
+        return sum(1 for _ in itertools.islice(_enumerate(self, most), most))
+
     def validate(self, config: dict[str, Any]) -> dict[str, Any]:
         "The config in plain Python; `InputError` if it is not of this space"
         return _validate(self, config)
@@ -333,7 +337,7 @@ def config_id(
     "Name a config by its values"
     return digest(config)
 
-# %% ../nbs/10_space.ipynb #10space034
+# %% ../nbs/10_space.ipynb #10space035
 _TRAINING = dict(
     optimizer=list(OPTIMIZERS), learning_rate=dict(low=1e-4, high=1.0, log=True),
     momentum=dict(low=0.0, high=0.99, when=dict(optimizer='sgd')),
@@ -352,7 +356,7 @@ def default_space(
     if ':' in architecture: return SearchSpace(architecture, _TRAINING)
     raise InputError(f"there is no default space for {architecture!r}: choose from {', '.join(_DEFAULTS)}, or write a space")
 
-# %% ../nbs/10_space.ipynb #10space035
+# %% ../nbs/10_space.ipynb #10space036
 def describe(
     space: SearchSpace, # Any
 ) -> pd.DataFrame: # One row per hyper-parameter, in the order in which they were declared
@@ -363,7 +367,7 @@ def describe(
         return dict(hyperparameter=hp.name, kind=kind, values=values, when=_condition(space, hp.name))
     return pd.DataFrame([row(space.configspace[name]) for name in space.declared]).set_index('hyperparameter')
 
-# %% ../nbs/10_space.ipynb #10space03d
+# %% ../nbs/10_space.ipynb #10space03e
 class _Loader(yaml.SafeLoader):
     "YAML in which 1e-4 is a number and a repeated key an error"
     def construct_mapping(self, node: yaml.MappingNode, deep: bool=False) -> dict[Any, Any]:
@@ -384,7 +388,7 @@ def _save(space: SearchSpace, path: str|Path) -> None:
     text = yaml.dump(space.to_dict(), Dumper=_Dumper, sort_keys=False, default_flow_style=None)
     with atomic_path(path) as temporary: temporary.write_text(text)
 
-# %% ../nbs/10_space.ipynb #10space03e
+# %% ../nbs/10_space.ipynb #10space03f
 def load_space(
     path: str|Path, # JSON if it ends in .json, otherwise YAML
 ) -> SearchSpace:

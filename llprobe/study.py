@@ -20,8 +20,8 @@ from .metamodel import PowerLawModel
 from .models import architecture_hyperparameters, architecture_name, build_model, forward_flops, function_name
 from .optimization import DEFAULTS, resolve_config
 from .population import METHODS, default_workers, probe_population
-from .probe import ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
-from .search import Search, Trial, check_levels
+from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
+from .search import BudgetSearch, Search, Trial, check_levels
 from .space import SearchSpace, default_space
 from .store import Store, open_store
 from .training import resolve_device
@@ -34,17 +34,20 @@ __all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'open_study', 'run_
 class StudySettings:
     "All that a study's answer depends on besides the data and the space"
     levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4) # Resource levels of the probes
-    n_configs: int = 16      # Size of the design
+    n_configs: int = 16      # Size of the design, without a budget
     design: str = 'sobol'    # 'sobol', 'random' or 'grid'
     promote: float = 0.5     # Share of a level's configs that goes on to the next
     seed: int = 0            # Of the split, the subsets, the weights, the noise and the design
     probe: ProbeSettings = ProbeSettings()
+    budget: float|None = None # In full trainings, the last one included: search within it (`search.BudgetSearch`) in place of successive levels
+    pool: int = 512          # Candidates of a search within a budget
     population: str|None = None # One of `population.METHODS`; None is 'auto' on a GPU, and 'alone' on a CPU, where a resumed study then has the bits of an uninterrupted one
 
     def to_dict(self) -> dict[str, Any]: # JSON-ready; the device is left out, since it is the machine's
         "The settings as plain values"
         values = asdict(self)
         del values['probe']['train']['device'], values['probe']['train']['n_threads']
+        for name in ('budget', 'pool') if self.budget is None else ('n_configs', 'promote'): del values[name] # without a say
         if self.probe.architecture is not None: values['probe']['architecture'] = architecture_name(self.probe.architecture)
         if self.probe.training is None: del values['probe']['training'] # as in studies from before there was a choice
         else: values['probe']['training'] = function_name(self.probe.training)
@@ -109,6 +112,7 @@ class Study:
 
     def take(self, record: dict[str, Any]) -> None:
         "Commit a finished probe, then tell the search"
+        self.store.add_configs(self.name, [record['config']]) # of a pool only those that were tried
         self.store.add_probe(self.name, record)
         self.search.tell(record)
 
@@ -126,6 +130,29 @@ def hardware(device: str = 'auto') -> dict[str, Any]: # device, name, cores
     return dict(device=kind.type, name=name, cores=default_workers('cpu'))
 
 # %% ../nbs/61_study.ipynb #61study00f
+_LAG = 4 # Probes of a search within a budget that may run at once: the same on every machine, since decisions depend on it
+
+def _candidates(space: SearchSpace, settings: StudySettings) -> list[dict]:
+    "The design, or the pool: as many configs as the space has, up to `pool`"
+    if settings.budget is None: return space.sample(settings.n_configs, settings.seed, settings.design)
+    return space.sample(space.count(settings.pool), settings.seed, settings.design)
+
+def _overhead(split: Split, settings: StudySettings) -> float: # In full trainings
+    "What a probe costs besides its training: validation, and the responses"
+    s = settings.probe
+    curve = settings.probe.train.n_epochs*min(s.train.n_curve_samples, len(split.val))
+    responses = 2*s.n_response_samples*(1+len(s.radii)*s.n_directions+4*len(s.sam_radii))
+    return (curve+len(split.val)+responses)/FORWARDS_PER_TRAIN_SAMPLE/(len(split.train)*s.train.n_epochs)
+
+def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], split: Split, features: dict[str, float]) -> Search:
+    "Within the budget, or by successive levels"
+    n, chance = len(split.val), split.dataset.chance_score
+    model = PowerLawModel(n, chance)
+    if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features)
+    return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, _overhead(split, settings),
+                        seed=settings.seed, lag=_LAG, floor=chance)
+
+# %% ../nbs/61_study.ipynb #61study010
 def open_study(
     dataset: str|Path|Dataset, # A name, a folder of images, or a data set
     out: str|Path, # Folder of the study, made when missing
@@ -142,19 +169,19 @@ def open_study(
     settings = replace(settings, probe=probe)
     data_path, s = str(cached_file(dataset)), settings.probe
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
-    configs = space.sample(settings.n_configs, settings.seed, settings.design)
+    configs = _candidates(space, settings)
     _check_study(settings, configs, data_path)
     features, name = data_features(split, settings.seed), name or dataset.name
-    search = Search(space, configs, PowerLawModel(len(split.val), dataset.chance_score), settings.levels, settings.promote, features)
+    search = _search(settings, space, configs, split, features)
     store = open_store(out/'study.db')
     if others := [other for other in store.studies()['name'] if other != name]:
         raise InputError(f'{out} holds the study {others[0]!r}: choose another folder for {name!r}')
     store.create_study(name, settings.to_dict(), dataset=dataset.name, fingerprint=dataset.fingerprint, space=space.to_dict(),
                        data_features=features, versions=versions(), metric=dataset.metric)
-    store.add_configs(name, configs)
+    if settings.budget is None: store.add_configs(name, configs)
     return Study(name, out, settings, split, data_path, store, search)
 
-# %% ../nbs/61_study.ipynb #61study011
+# %% ../nbs/61_study.ipynb #61study012
 def _writable_folder(out: str|Path) -> Path:
     "Make the folder and see that a file can be written there"
     out = Path(out).expanduser().absolute()
@@ -166,7 +193,7 @@ def _writable_folder(out: str|Path) -> Path:
     except OSError as e: raise InputError(f'{out} cannot be written ({e.strerror or e}): choose another folder') from None
     return out.resolve()
 
-# %% ../nbs/61_study.ipynb #61study013
+# %% ../nbs/61_study.ipynb #61study014
 def _record(task: ProbeTask, result: Any) -> dict[str, Any]:
     "A record of whatever came out"
     if isinstance(result, InputError): raise result
@@ -180,7 +207,7 @@ def _method(settings: StudySettings) -> str:
 def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: tqdm) -> None:
     "Probe until every trial of a rung is recorded"
     tasks = [study.task(t) for t in trials]
-    bar.set_description(f'level {trials[0].level:g}')
+    bar.set_description(f'level {", ".join(f"{level:g}" for level in sorted({t.level for t in trials}))}')
     for task, result in probe_population(tasks, workers, _method(study.settings)):
         study.take(_record(task, result))
         bar.update()
@@ -190,7 +217,7 @@ def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: tqdm) ->
     if all(r['status'] == 'crashed' for r in records):
         raise InputError(f'all {len(records)} probes at level {trials[0].level:g} crashed, the first with {records[0]["error"]}: mend the model or the space')
 
-# %% ../nbs/61_study.ipynb #61study015
+# %% ../nbs/61_study.ipynb #61study016
 def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) -> int: # CPU threads of the full training
     "All cores if a batch is known to take `enough` multiply-adds, else one"
     dataset, s = study.split.dataset, study.settings.probe
@@ -218,23 +245,23 @@ def _run_final(study: Study, trial: Trial, n_workers: int, executor: Executor|No
     study.take(record)
     checkpoint.unlink(missing_ok=True)
 
-# %% ../nbs/61_study.ipynb #61study016
+# %% ../nbs/61_study.ipynb #61study017
 def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: bool) -> list[Trial]: # The full training that is due, if any
     "Tell the search what the store holds, and probe what it then asks for"
     for record in study.store.probes(study.name): study.search.tell(record)
     with Workers(n_workers, executor) as workers, _bar(study, progress) as bar:
         while (trials := study.search.ask()) and trials[0].purpose == 'probe': _run_rung(study, trials, workers, bar)
-    for level, table in study.search.predictions.items():
-        rows = table.reset_index()[['config_id', 'mean', 'std']].assign(level=1.0, stage=f'after level {level}')
+    for stage, table in study.search.predictions.items():
+        rows = table.reset_index()[['config_id', 'mean', 'std']].assign(level=1.0, stage=stage)
         study.store.add_predictions(study.name, rows.to_dict('records'))
     return trials
 
 def _bar(study: Study, progress: bool) -> tqdm:
     "A bar over all probes, begun where the store ends"
     done = sum(key[2] == 'probe' for key in study.search.records)
-    return tqdm(total=sum(study.search.rung_sizes()), initial=done, unit='probe', disable=not progress)
+    return tqdm(total=sum(study.search.rung_sizes()) or None, initial=done, unit='probe', disable=not progress)
 
-# %% ../nbs/61_study.ipynb #61study017
+# %% ../nbs/61_study.ipynb #61study018
 @contextlib.contextmanager
 def _driving(dataset, out, space, settings: StudySettings, name, n_workers: int|None, wait: bool|float,
              progress: bool) -> Iterator[tuple[Study, int]]:
@@ -263,7 +290,7 @@ def run_study(
         write_json(study.out/'result.json', result)
     return result
 
-# %% ../nbs/61_study.ipynb #61study019
+# %% ../nbs/61_study.ipynb #61study01a
 def run_probes(
     dataset: str|Path|Dataset, # As for `run_study`, and so on
     out: str|Path,
@@ -284,7 +311,7 @@ def run_probes(
         probes = [name_scores({k: r[k] for k in kept}, metric) | dict(fte=full_training_equivalents([r], *size)) for r in records]
         return plain(_facts(study) | dict(probes=probes))
 
-# %% ../nbs/61_study.ipynb #61study01b
+# %% ../nbs/61_study.ipynb #61study01c
 def _cost(study: Study) -> dict[str, Any]:
     "What the study cost, in full-training equivalents and in seconds of one worker"
     records, n = list(study.search.records.values()), (len(study.split.train), study.settings.probe.train.n_epochs)
@@ -293,10 +320,10 @@ def _cost(study: Study) -> dict[str, Any]:
     seconds = {purpose: sum(r['seconds'] for r in rows) for purpose, rows in parts.items()}
     seconds['metamodel'] = study.search.metamodel_seconds
     fte['metamodel'] = seconds['metamodel']*fte['probe']/max(seconds['probe'], 1e-9)
-    return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(study.settings.n_configs)),
+    return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(len({config for config, *_ in study.search.records}))),
                 seconds=seconds | dict(total=sum(seconds.values())))
 
-# %% ../nbs/61_study.ipynb #61study01c
+# %% ../nbs/61_study.ipynb #61study01d
 def _predictions(study: Study) -> list[dict[str, Any]]: # Best first
     "What was seen of each config, and what was predicted"
     search, rows = study.search, []
@@ -310,7 +337,7 @@ def _facts(study: Study) -> dict[str, Any]:
     "What was run, on what"
     s, dataset = study.settings, study.split.dataset
     return dict(dataset=dataset.name, fingerprint=dataset.fingerprint, metric=dataset.metric, study=study.name, levels=list(s.levels), seed=s.seed,
-                n_configs=s.n_configs, n_epochs=s.probe.train.n_epochs, n_train=len(study.split.train),
+                n_configs=len({config for config, *_ in study.search.records}), n_epochs=s.probe.train.n_epochs, n_train=len(study.split.train),
                 architecture=s.to_dict()['probe']['architecture'], settings=s.to_dict(), versions=versions(),
                 hardware=hardware(s.probe.train.device))
 

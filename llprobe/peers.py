@@ -4,9 +4,9 @@
 
 # %% ../nbs/65_peers.ipynb #65peers003
 from __future__ import annotations
-import functools, importlib, json, math, subprocess, tempfile, warnings
+import functools, importlib, importlib.metadata, json, math, subprocess, tempfile, warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 import numpy as np
 import llprobe
 from .core import InputError
@@ -14,7 +14,7 @@ from .replay import ETA, BudgetSpent, ReplayTable, Run, ladder, random_search
 
 # %% auto #0
 __all__ = ['parameters', 'n_choices', 'Proposals', 'optuna_hyperband', 'hyperband_trials', 'smac_multifidelity', 'dehb_python',
-           'dehb']
+           'dehb', 'peer_versions']
 
 # %% ../nbs/65_peers.ipynb #65peers004
 def _need(package: str) -> Any:
@@ -198,3 +198,14 @@ def dehb(run: Run, seed: int) -> None:
         config = proposals.nearest(proposal['config'], proposal['rung'])
         value, _ = proposals.train(config, proposal['rung'])
         message = dict(config=proposals.point(config), fitness=-value, cost=run.spent-spent)
+
+# %% ../nbs/65_peers.ipynb #65peers01c
+def peer_versions(
+    names: Sequence[str], # Of 'optuna', 'smac', 'dehb'; other names are passed over
+) -> dict[str, str]: # By package
+    "The peers' versions; raise `InputError` for one that is not installed"
+    here = [name for name in ('optuna', 'smac') if name in names and _need(name)]
+    found = {name: importlib.metadata.version(name) for name in here}
+    ask = 'import importlib.metadata; print(importlib.metadata.version("dehb"))'
+    if 'dehb' in names: found['dehb'] = subprocess.run([dehb_python(), '-c', ask], capture_output=True, text=True, check=True).stdout.strip()
+    return found

@@ -49,7 +49,7 @@ def _search(task: tuple[str, Method, ReplayTable, list[float], int]) -> pd.DataF
 
 def _done(path: Path) -> list[pd.DataFrame]:
     "What an earlier call left"
-    return [pd.read_csv(path, float_precision='round_trip')] if path.exists() else []
+    return [pd.read_csv(path)] if path.exists() else []
 
 def _path(folder: str|Path, name: str, table: ReplayTable, budgets: list[float]) -> Path:
     "The file of a method on a table"

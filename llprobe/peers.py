@@ -10,7 +10,8 @@ from typing import Any, Sequence
 import numpy as np
 import llprobe
 from .core import InputError
-from .replay import ETA, BudgetSpent, ReplayTable, Run, ladder, random_search
+from .execution import _environment
+from .replay import ETA, BudgetSpent, ReplayTable, Run, ladder, train_rest
 
 # %% auto #0
 __all__ = ['parameters', 'n_choices', 'Proposals', 'optuna_hyperband', 'hyperband_trials', 'smac_multifidelity', 'dehb_python',
@@ -127,10 +128,12 @@ def _smac_space(ConfigSpace: Any, proposals: Proposals, seed: int) -> tuple[Any,
     return space, pool
 
 def _smac_maximizer(space: Any, pool: list, seed: int) -> Any:
-    "Sorts the whole table by acquisition value"
+    "Sorts the rows that were not tried by acquisition value"
     from smac.acquisition.maximizer import RandomSearch
     class OverTable(RandomSearch):
-        def _maximize(self, previous_configs: list, n_points: int) -> list: return self._sort_by_acquisition_value(pool)
+        def _maximize(self, previous_configs: list, n_points: int) -> list:
+            previous = set(previous_configs)
+            return self._sort_by_acquisition_value([c for c in pool if c not in previous] or pool)
     return OverTable(space, challengers=len(pool), seed=seed)
 
 # %% ../nbs/65_peers.ipynb #65peers013
@@ -144,21 +147,21 @@ def _smac(smac: Any, proposals: Proposals, seed: int, folder: str) -> tuple[Any,
     n_initial = int(max(1, min(10*len(proposals.choices), 0.25*n_trials, proposals.run.n))) # the facade's own rule
     initial = Facade.get_initial_design(scenario, n_configs=0, additional_configs=space.sample_configuration(n_initial))
     return Facade(scenario, lambda config, seed, budget: 0.0, initial_design=initial, overwrite=True, logging_level=False,
-                  acquisition_maximizer=_smac_maximizer(space, pool, seed)), pool
+                  config_selector=Facade.get_config_selector(scenario, retries=len(pool)), acquisition_maximizer=_smac_maximizer(space, pool, seed)), pool
 
 def smac_multifidelity(run: Run, seed: int) -> None:
     "SMAC's multi-fidelity facade; when it has proposed the whole table, the rest is trained in full"
     smac, proposals = _need('smac'), Proposals(run)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _environment(LOKY_MAX_CPU_COUNT='1'): # one thread
         warnings.simplefilter('ignore')
         facade, pool = _smac(smac, proposals, seed, folder)
         rows = {config: i for i, config in enumerate(pool)}
         while True:
             try: info = facade.ask()
-            except StopIteration: break
+            except (StopIteration, smac.main.exceptions.ConfigurationSpaceExhaustedException): break
             value, _ = proposals.train(rows[info.config], round(math.log(info.budget, ETA)))
             facade.tell(info, smac.runhistory.TrialValue(cost=-value), save=False)
-    random_search(run, seed)
+    train_rest(run)
 
 # %% ../nbs/65_peers.ipynb #65peers016
 def dehb_python(

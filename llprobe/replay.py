@@ -14,7 +14,7 @@ from .core import InputError, digest
 
 # %% auto #0
 __all__ = ['Method', 'ETA', 'ReplayTable', 'synthetic_table', 'BudgetSpent', 'Run', 'play', 'random_search', 'regrets', 'ladder',
-           'rung_cost', 'random_low_then_full', 'successive_halving', 'asha', 'load_taskset']
+           'rung_cost', 'random_low_then_full', 'train_rest', 'successive_halving', 'asha', 'load_taskset']
 
 # %% ../nbs/64_replay.ipynb #64replay005
 @dataclass
@@ -229,6 +229,12 @@ def _best(values: dict[int, float], n: int) -> list[int]:
     "The `n` configs of highest value; ties go to the one seen first"
     return sorted(values, key=values.get, reverse=True)[:n]
 
+def train_rest(run: Run) -> None:
+    "For a method that has no more to propose: train all configs in full, the best so far first"
+    values = {config: run.value(run.table.score[config, level, :epoch+1]) for (config, level), epoch in sorted(run.reached.items())} # the highest level last
+    for config in (*_best(values, len(values)), *range(run.n)): run.evaluate(config)
+
+# %% ../nbs/64_replay.ipynb #64replay027
 def successive_halving(run: Run, seed: int) -> None:
     "Brackets of successive halving with η = 3, one after another"
     rungs, order = ladder(run.table), [int(i) for i in np.random.default_rng(seed).permutation(run.n)]
@@ -238,8 +244,9 @@ def successive_halving(run: Run, seed: int) -> None:
         for k, rung in enumerate(rungs):
             values = {config: run.value(run.evaluate(config, *rung)) for config in alive}
             alive = _best(values, max(1, len(alive)//ETA))
+    train_rest(run)
 
-# %% ../nbs/64_replay.ipynb #64replay02a
+# %% ../nbs/64_replay.ipynb #64replay02b
 def _promotable(
     rungs: list[dict[int, float]], # Of each rung, the configs' values
 ) -> tuple[int, int]|None: # Config, and the rung it goes to
@@ -255,10 +262,10 @@ def asha(run: Run, seed: int) -> None:
     rungs, values = ladder(run.table), [{} for _ in ladder(run.table)]
     while True:
         config, k = _promotable(values) or (next(order, None), 0)
-        if config is None: return
+        if config is None: return train_rest(run)
         values[k][int(config)] = run.value(run.evaluate(int(config), *rungs[k]))
 
-# %% ../nbs/64_replay.ipynb #64replay02f
+# %% ../nbs/64_replay.ipynb #64replay030
 def _unit(values: np.ndarray) -> np.ndarray:
     "A column scaled to [0, 1]: in its logarithm if it is positive and spans over two decades"
     if values.min() > 0 and values.max() > 100*values.min(): values = np.log(values)

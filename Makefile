@@ -98,9 +98,8 @@ $(DEHB)/.installed: | $(VENV)/.installed
 	$(VENV)/bin/uv pip install --quiet --python $(DEHB)/bin/python dehb==0.1.2
 	touch $@
 dehb: $(DEHB)/.installed   ## the environment of DEHB
-compare: $(DEHB)/.installed   ## search methods against each other on TaskSet: TASKSET=file.npz, JOBS
+compare: $(DEHB)/.installed   ## search methods against each other on TaskSet: TASKSET=file.npz, JOBS (30 minutes on one core)
 	$(if $(TASKSET),,$(error give the TaskSet archive: make compare TASKSET=file.npz))
-	$(VENV)/bin/uv pip install --quiet --python $(PY) -e '.[compare]' -c constraints.txt
 	@mkdir -p runs/replay/taskset
 	$(EXPERIMENT) nbs/experiments/replay_taskset.ipynb runs/replay/taskset/replay_taskset.ipynb -r data_path '$(TASKSET)' \
 	  -r out runs/replay/taskset -p seeds $(REPLAY_SEEDS) -p jobs '$(or $(JOBS),1)'

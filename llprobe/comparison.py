@@ -170,7 +170,7 @@ def _plot_means(means: pd.DataFrame, ylabel: str) -> Figure:
         axis.plot(x, rows['mean'], markevery=max(1, len(x)//8), **style)
         axis.fill_between(x, rows['mean']-rows['se'], rows['mean']+rows['se'], color=style['color'], alpha=0.15, lw=0)
     axis.set(xscale='log', xlabel='cost (full trainings)', ylabel=ylabel)
-    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if x.min() <= t <= x.max()]
+    ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if x.min() <= t <= x.max()]
     axis.set_xticks(ticks, [f'{t:g}' for t in ticks])
     axis.minorticks_off()
     axis.legend(fontsize=7, frameon=False, ncols=2)
@@ -183,7 +183,12 @@ def plot_regret(
 ) -> Figure:
     "Mean regret against cost, both axes logarithmic; the bands are one standard error over seeds"
     figure = _plot_means(mean_regrets(frame, value), value.replace('_', ' '))
-    figure.axes[0].set_yscale('log')
+    axis = figure.axes[0]
+    axis.set_yscale('log')
+    low, high = axis.get_ylim()
+    ticks = [t for t in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if low <= t <= high]
+    axis.set_yticks(ticks, [f'{t:g}' for t in ticks])
+    axis.minorticks_off()
     return figure
 
 def plot_ranks(

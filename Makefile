@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # uv does not read pip's variable for local wheels
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help demo test install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick clean
+.PHONY: help demo test install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean
 .DELETE_ON_ERROR:
 
 help:              ## list the targets
@@ -89,5 +89,20 @@ bench-quick: $(PEERS)/.installed   ## the same in ten minutes: fewer repeats, th
 	$(EXPERIMENT) nbs/experiments/bench_landscape.ipynb runs/bench/quick/landscape/bench_landscape.ipynb -p repeats 3 -p peer_grid 5 -p out runs/bench/quick/landscape -p copy ''
 	$(EXPERIMENT) nbs/experiments/bench_training.ipynb runs/bench/quick/training/bench_training.ipynb -p repeats 2 -p n 1280 -p out runs/bench/quick/training -p copy ''
 
+# --- search methods compared on tables of finished trainings; DEHB wants NumPy below 2, so an environment of its own ------
+DEHB     := .venv-dehb
+TASKSET  ?=
+REPLAY_SEEDS ?= 20
+$(DEHB)/.installed: | $(VENV)/.installed
+	$(VENV)/bin/uv venv --quiet --allow-existing --python $(PY) $(DEHB)
+	$(VENV)/bin/uv pip install --quiet --python $(DEHB)/bin/python dehb==0.1.2
+	touch $@
+dehb: $(DEHB)/.installed   ## the environment of DEHB
+compare: $(DEHB)/.installed   ## search methods against each other on TaskSet: TASKSET=file.npz, JOBS (30 minutes on one core)
+	$(if $(TASKSET),,$(error give the TaskSet archive: make compare TASKSET=file.npz))
+	@mkdir -p runs/replay/taskset
+	$(EXPERIMENT) nbs/experiments/replay_taskset.ipynb runs/replay/taskset/replay_taskset.ipynb -r data_path '$(TASKSET)' \
+	  -r out runs/replay/taskset -p seeds $(REPLAY_SEEDS) -p jobs '$(or $(JOBS),1)'
+
 clean:                   ## remove the environment and build products; runs and figures stay
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(DEHB) build dist *.egg-info

@@ -13,7 +13,7 @@ from scipy import stats
 from .core import InputError, atomic_path, digest
 from .execution import Workers
 from .peers import dehb, optuna_hyperband, smac_multifidelity
-from .replay import Method, ReplayTable, asha, play, random_low_then_full, random_search, regrets, successive_halving
+from .replay import Method, ReplayTable, asha, llprobe_search, play, random_low_then_full, random_search, regrets, successive_halving
 from .visualization import _figure
 
 # %% auto #0
@@ -22,6 +22,7 @@ __all__ = ['METHODS', 'named_methods', 'replay', 'average_ranks', 'mean_regrets'
 
 # %% ../nbs/72_comparison.ipynb #72comparison005
 METHODS: dict[str, Method] = dict(
+    llprobe=llprobe_search,
     random=random_search,
     random_low_then_full=random_low_then_full,
     successive_halving=successive_halving,
@@ -160,6 +161,7 @@ _STYLES = list(zip(['#0072B2', '#777777', '#56B4E9', '#009E73', '#E69F00', '#D55
 def _style(name: str) -> dict[str, Any]:
     "Colour and marker of a method, the same in every figure"
     colour, marker = _STYLES[0 if name == 'llprobe' else 1+[m for m in METHODS if m != 'llprobe'].index(name) % 7] if name in METHODS else ('#bbbbbb', '.')
+    if name == 'llprobe_transfer': return _style('llprobe') | dict(ls='--', marker='D', label='llprobe, with other tasks')
     return dict(color=colour, marker=marker, ms=4, lw=2.0 if name == 'llprobe' else 1.2, label=name.replace('_', ' '))
 
 def _plot_means(means: pd.DataFrame, ylabel: str) -> Figure:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np, pandas as pd
 from fastcore.basics import patch
+from .adaptive import AdaptiveSearch, Rung
 from .core import InputError, digest
 
 # %% auto #0
 __all__ = ['Method', 'ETA', 'ReplayTable', 'synthetic_table', 'BudgetSpent', 'Run', 'play', 'random_search', 'regrets', 'ladder',
-           'rung_cost', 'random_low_then_full', 'train_rest', 'successive_halving', 'asha', 'load_taskset']
+           'rung_cost', 'random_low_then_full', 'train_rest', 'successive_halving', 'asha', 'search_ladder',
+           'llprobe_search', 'load_taskset']
 
 # %% ../nbs/64_replay.ipynb #64replay005
 @dataclass
@@ -266,6 +268,31 @@ def asha(run: Run, seed: int) -> None:
         values[k][int(config)] = run.value(run.evaluate(int(config), *rungs[k]))
 
 # %% ../nbs/64_replay.ipynb #64replay030
+def search_ladder(
+    table: ReplayTable,
+) -> list[tuple[int, int]]: # (level index, epoch index) of each rung
+    "The rungs of an adaptive search on a table"
+    n_levels, n_epochs = table.score.shape[1:]
+    pauses = sorted({int(np.abs(table.epochs-share*table.epochs[-1]).argmin()) for share in (0.25, 1)})
+    if n_levels > 1: return [(level, e) for level in range(n_levels) for e in (pauses if level in (0, n_levels-1) else pauses[-1:])]
+    epochs = [2]
+    while epochs[-1] < table.epochs[-1]: epochs.append(max(epochs[-1]+1, round(1.5*epochs[-1])))
+    return [(0, e) for e in sorted({int(np.abs(table.epochs-e).argmin()) for e in epochs})]
+
+def llprobe_search(
+    run: Run,
+    seed: int,
+    others: Sequence[ReplayTable] = (), # Other tasks, on the same configs; the one that is searched is left out
+) -> None:
+    "An adaptive search over configs and fidelities"
+    rungs, order = search_ladder(run.table), np.random.default_rng(seed).permutation(run.n)
+    ladder = [Rung(float(run.table.levels[level]), int(run.table.epochs[e]), rung_cost(run.table, (level, e))) for level, e in rungs]
+    sources = [t.score[order, -1, -1] for t in others if t.name != run.table.name and np.array_equal(t.encoded, run.table.encoded)]
+    search = AdaptiveSearch(run.table.encoded[order], ladder, seed, sources=np.array(sources) if sources else None)
+    while steps := search.ask():
+        for step in steps: search.tell(step.number, run.evaluate(int(order[step.candidate]), *rungs[step.rung])[-1])
+
+# %% ../nbs/64_replay.ipynb #64replay033
 def _unit(values: np.ndarray) -> np.ndarray:
     "A column scaled to [0, 1]: in its logarithm if it is positive and spans over two decades"
     if values.min() > 0 and values.max() > 100*values.min(): values = np.log(values)

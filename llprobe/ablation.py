@@ -4,16 +4,19 @@
 
 # %% ../nbs/73_ablation.ipynb #73ablation003
 from __future__ import annotations
+import itertools
 from typing import Any, Sequence
 import numpy as np, pandas as pd
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import GroupKFold
 from .features import feature_columns, feature_frame
 from .space import SearchSpace
+from .visualization import COLOURS
 
 # %% auto #0
-__all__ = ['STEPS', 'target_frame', 'held_out', 'agreement', 'ablation']
+__all__ = ['STEPS', 'target_frame', 'held_out', 'agreement', 'ablation', 'plot_ablation']
 
 # %% ../nbs/73_ablation.ipynb #73ablation005
 def target_frame(
@@ -91,3 +94,26 @@ def ablation(
     for grouping, groups in {'all': frame['seed'].to_numpy(), 'learning rate fixed': _groups(frame)}.items():
         rows += [dict(level=level, signals=name, within=grouping) | _interval(order, frame, groups) for name, order in orders.items()]
     return pd.DataFrame(rows)
+
+# %% ../nbs/73_ablation.ipynb #73ablation00b
+def plot_ablation(
+    table: pd.DataFrame, # From `ablation`, of one or more levels, with a column dataset
+) -> Figure:
+    "Agreement with the full score by level: a column for each data set, a row for each grouping; bars are 95 % bootstrap intervals"
+    sets, groupings = list(dict.fromkeys(table['dataset'])), list(dict.fromkeys(table['within']))
+    figure = Figure((1.2+2.4*len(sets), 1.0+2.1*len(groupings)), layout='constrained')
+    axes = figure.subplots(len(groupings), len(sets), squeeze=False, sharex='col')
+    for (row, grouping), (column, name) in itertools.product(enumerate(groupings), enumerate(sets)):
+        axis, rows = axes[row, column], table[(table['within'] == grouping) & (table['dataset'] == name)]
+        for k, (signals, line) in enumerate(rows.groupby('signals', sort=False)):
+            error = np.abs(line[['low', 'high']].to_numpy().T-line['spearman'].to_numpy())
+            axis.errorbar(np.arange(len(line))+0.12*(k-2), line['spearman'], error, fmt='o', ms=3.5, lw=1, color=list(COLOURS.values())[k % len(COLOURS)], label=signals)
+        axis.set_xticks(range(rows['level'].nunique()), [f'{level:g}' for level in sorted(rows['level'].unique())])
+        axis.set_title(f'{name}, {grouping}', fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25, lw=0.5)
+        axis.spines[['top', 'right']].set_visible(False)
+    figure.supxlabel('level', fontsize=8)
+    figure.supylabel('Spearman correlation with the full score', fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=7, frameon=False)
+    return figure

@@ -18,7 +18,7 @@ from .visualization import _figure
 
 # %% auto #0
 __all__ = ['METHODS', 'named_methods', 'replay', 'average_ranks', 'mean_regrets', 'friedman_nemenyi', 'holm', 'wilcoxon_holm',
-           'plot_regret', 'plot_ranks', 'summarise']
+           'plot_regret', 'plot_ranks', 'cost_to_reach', 'summarise']
 
 # %% ../nbs/72_comparison.ipynb #72comparison005
 METHODS: dict[str, Method] = dict(
@@ -203,6 +203,18 @@ def plot_ranks(
     return figure
 
 # %% ../nbs/72_comparison.ipynb #72comparison01b
+def cost_to_reach(
+    frame: pd.DataFrame, # From `replay`, with many costs between the budgets
+    reference: str = 'random', # A method
+    budget: float = 20.0, # What the reference may spend
+) -> pd.DataFrame: # One row a method, table and seed: share of the budget; inf where the goal was not reached
+    "The share of the reference's budget after which a method is as good"
+    goal = frame[(frame['method'] == reference) & (frame['budget'] == budget)].groupby('table')['regret'].mean()
+    reached = frame[frame['regret'] <= frame['table'].map(goal)+1e-9]
+    first = reached.groupby(['method', 'table', 'seed'])['budget'].min()
+    return (first/budget).reindex(pd.MultiIndex.from_frame(frame[['method', 'table', 'seed']].drop_duplicates())).fillna(np.inf).rename('share').reset_index()
+
+# %% ../nbs/72_comparison.ipynb #72comparison01e
 def _nested(table: pd.DataFrame, column: str|None = None) -> dict[str, dict[str, Any]]:
     "By budget, then by method"
     out: dict[str, dict[str, Any]] = {}

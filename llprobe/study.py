@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
-import torch
+import numpy as np, torch
 from tqdm.auto import tqdm
 from .core import InputError, atomic_path, name_scores, plain, show_score, write_json
 from .custom_training import check_training
@@ -22,9 +22,10 @@ from .optimization import DEFAULTS, resolve_config
 from .population import METHODS, default_workers, probe_population
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
 from .search import BudgetSearch, Search, Trial, check_levels
-from .space import SearchSpace, default_space
+from .space import SearchSpace, config_id, default_space
 from .store import Store, open_store
 from .training import resolve_device
+from .warm_start import WarmStart, learn, warm_design
 
 # %% auto #0
 __all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'open_study', 'run_study', 'run_probes', 'summarise']
@@ -40,14 +41,18 @@ class StudySettings:
     seed: int = 0            # Of the split, the subsets, the weights, the noise and the design
     probe: ProbeSettings = ProbeSettings()
     budget: float|None = None # In full trainings, the last one included: search within it (`search.BudgetSearch`) in place of successive levels
-    pool: int = 512          # Candidates of a search within a budget
+    pool: int = 512          # Candidates of a search within a budget, or of a warm start
     population: str|None = None # One of `population.METHODS`; None is 'auto' on a GPU, and 'alone' on a CPU, where a resumed study then has the bits of an uninterrupted one
+
+    warm_start: tuple[str|Path|dict[str, str], ...] = () # Folders of other studies to learn from; of an opened study what names them, such as their data sets
 
     def to_dict(self) -> dict[str, Any]: # JSON-ready; the device is left out, since it is the machine's
         "The settings as plain values"
         values = asdict(self)
         del values['probe']['train']['device'], values['probe']['train']['n_threads']
-        for name in ('budget', 'pool') if self.budget is None else ('n_configs', 'promote'): del values[name] # without a say
+        for name in ('budget', 'pool') if self.budget is None else ('n_configs', 'promote'): # without a say
+            if name != 'pool' or not self.warm_start: del values[name]
+        if not self.warm_start: del values['warm_start'] # as in studies from before there was a choice
         if self.probe.architecture is not None: values['probe']['architecture'] = architecture_name(self.probe.architecture)
         if self.probe.training is None: del values['probe']['training'] # as in studies from before there was a choice
         else: values['probe']['training'] = function_name(self.probe.training)
@@ -144,15 +149,25 @@ def _overhead(split: Split, settings: StudySettings) -> float: # In full trainin
     responses = 2*s.n_response_samples*(1+len(s.radii)*s.n_directions+4*len(s.sam_radii))
     return (curve+len(split.val)+responses)/FORWARDS_PER_TRAIN_SAMPLE/(len(split.train)*s.train.n_epochs)
 
-def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], split: Split, features: dict[str, float]) -> Search:
+def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], split: Split, features: dict[str, float], start: WarmStart|None) -> Search:
     "Within the budget, or by successive levels"
     n, chance = len(split.val), split.dataset.chance_score
-    model = PowerLawModel(n, chance)
+    model = PowerLawModel(n, chance, **(dict(prior=start.prior) if start and start.prior else {}))
     if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features)
     return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, _overhead(split, settings),
-                        seed=settings.seed, lag=_LAG, floor=chance)
+                        seed=settings.seed, lag=_LAG, floor=chance, sources=np.array(start.predictions) if start and start.predictions else None)
 
-# %% ../nbs/61_study.ipynb #61study010
+# %% ../nbs/61_study.ipynb #61study011
+def _warm_candidates(space: SearchSpace, settings: StudySettings, out: Path) -> tuple[list[dict], WarmStart|None]:
+    "The design or the pool, and what other studies know of it"
+    configs = _candidates(space, settings)
+    if not settings.warm_start: return configs, None
+    more = [] if settings.budget is not None else space.sample(space.count(settings.pool), settings.seed, settings.design)
+    pool = list({config_id(c): c for c in [*configs, *more]}.values())
+    start = learn(settings.warm_start, out, space, pool)
+    return (warm_design(start, pool, len(configs)) if settings.budget is None else pool), start
+
+# %% ../nbs/61_study.ipynb #61study012
 def open_study(
     dataset: str|Path|Dataset, # A name, a folder of images, or a data set
     out: str|Path, # Folder of the study, made when missing
@@ -169,19 +184,21 @@ def open_study(
     settings = replace(settings, probe=probe)
     data_path, s = str(cached_file(dataset)), settings.probe
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
-    configs = _candidates(space, settings)
+    configs, start = _warm_candidates(space, settings, out)
     _check_study(settings, configs, data_path)
+    if start: settings = replace(settings, warm_start=tuple(start.sources))
     features, name = data_features(split, settings.seed), name or dataset.name
-    search = _search(settings, space, configs, split, features)
+    search = _search(settings, space, configs, split, features, start)
     store = open_store(out/'study.db')
     if others := [other for other in store.studies()['name'] if other != name]:
         raise InputError(f'{out} holds the study {others[0]!r}: choose another folder for {name!r}')
     store.create_study(name, settings.to_dict(), dataset=dataset.name, fingerprint=dataset.fingerprint, space=space.to_dict(),
                        data_features=features, versions=versions(), metric=dataset.metric)
+    if start: start.save(out)
     if settings.budget is None: store.add_configs(name, configs)
     return Study(name, out, settings, split, data_path, store, search)
 
-# %% ../nbs/61_study.ipynb #61study012
+# %% ../nbs/61_study.ipynb #61study014
 def _writable_folder(out: str|Path) -> Path:
     "Make the folder and see that a file can be written there"
     out = Path(out).expanduser().absolute()
@@ -193,7 +210,7 @@ def _writable_folder(out: str|Path) -> Path:
     except OSError as e: raise InputError(f'{out} cannot be written ({e.strerror or e}): choose another folder') from None
     return out.resolve()
 
-# %% ../nbs/61_study.ipynb #61study014
+# %% ../nbs/61_study.ipynb #61study016
 def _record(task: ProbeTask, result: Any) -> dict[str, Any]:
     "A record of whatever came out"
     if isinstance(result, InputError): raise result
@@ -217,7 +234,7 @@ def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: tqdm) ->
     if all(r['status'] == 'crashed' for r in records):
         raise InputError(f'all {len(records)} probes at level {trials[0].level:g} crashed, the first with {records[0]["error"]}: mend the model or the space')
 
-# %% ../nbs/61_study.ipynb #61study016
+# %% ../nbs/61_study.ipynb #61study018
 def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) -> int: # CPU threads of the full training
     "All cores if a batch is known to take `enough` multiply-adds, else one"
     dataset, s = study.split.dataset, study.settings.probe
@@ -245,7 +262,7 @@ def _run_final(study: Study, trial: Trial, n_workers: int, executor: Executor|No
     study.take(record)
     checkpoint.unlink(missing_ok=True)
 
-# %% ../nbs/61_study.ipynb #61study017
+# %% ../nbs/61_study.ipynb #61study019
 def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: bool) -> list[Trial]: # The full training that is due, if any
     "Tell the search what the store holds, and probe what it then asks for"
     for record in study.store.probes(study.name): study.search.tell(record)
@@ -261,7 +278,7 @@ def _bar(study: Study, progress: bool) -> tqdm:
     done = sum(key[2] == 'probe' for key in study.search.records)
     return tqdm(total=sum(study.search.rung_sizes()) or None, initial=done, unit='probe', disable=not progress)
 
-# %% ../nbs/61_study.ipynb #61study018
+# %% ../nbs/61_study.ipynb #61study01a
 @contextlib.contextmanager
 def _driving(dataset, out, space, settings: StudySettings, name, n_workers: int|None, wait: bool|float,
              progress: bool) -> Iterator[tuple[Study, int]]:
@@ -290,7 +307,7 @@ def run_study(
         write_json(study.out/'result.json', result)
     return result
 
-# %% ../nbs/61_study.ipynb #61study01a
+# %% ../nbs/61_study.ipynb #61study01c
 def run_probes(
     dataset: str|Path|Dataset, # As for `run_study`, and so on
     out: str|Path,
@@ -311,7 +328,7 @@ def run_probes(
         probes = [name_scores({k: r[k] for k in kept}, metric) | dict(fte=full_training_equivalents([r], *size)) for r in records]
         return plain(_facts(study) | dict(probes=probes))
 
-# %% ../nbs/61_study.ipynb #61study01c
+# %% ../nbs/61_study.ipynb #61study01e
 def _cost(study: Study) -> dict[str, Any]:
     "What the study cost, in full-training equivalents and in seconds of one worker"
     records, n = list(study.search.records.values()), (len(study.split.train), study.settings.probe.train.n_epochs)
@@ -323,7 +340,7 @@ def _cost(study: Study) -> dict[str, Any]:
     return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(len({config for config, *_ in study.search.records}))),
                 seconds=seconds | dict(total=sum(seconds.values())))
 
-# %% ../nbs/61_study.ipynb #61study01d
+# %% ../nbs/61_study.ipynb #61study01f
 def _predictions(study: Study) -> list[dict[str, Any]]: # Best first
     "What was seen of each config, and what was predicted"
     search, rows = study.search, []

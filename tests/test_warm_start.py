@@ -16,9 +16,10 @@ from llprobe.study import StudySettings, open_study, run_probes, run_study
 from llprobe.training import TrainSettings
 from llprobe.warm_start import source_predictions
 
-SPACE = SearchSpace('mlp', dict(learning_rate=dict(low=1e-3, high=1, log=True), dropout=dict(low=0, high=0.5), weight_decay=dict(low=1e-5, high=1e-2, log=True)))
-POOL = SPACE.sample(256, seed=0)
-OPTIMUM = np.array([0.2, 0.9, 0.4])  # columns as encoded
+SPACE = SearchSpace('mlp', dict(learning_rate=dict(low=1e-3, high=1, log=True), dropout=dict(low=0, high=0.5), weight_decay=dict(low=1e-5, high=1e-2, log=True),
+                                momentum=dict(low=0.1, high=0.9), label_smoothing=dict(low=0, high=0.3)))
+POOL = SPACE.sample(400, seed=0)
+OPTIMUM = np.array([0.2, 0.9, 0.4, 0.8, 0.15])  # columns as encoded
 SMALL = StudySettings(levels=(0.1, 0.3), n_configs=6, probe=ProbeSettings(train=TrainSettings(n_epochs=2)))
 BUDGET = replace(SMALL, budget=2.5, pool=48)
 
@@ -46,7 +47,7 @@ def test_a_source_with_the_same_truth_puts_its_best_first():
     assert np.corrcoef(wrong, quality(POOL))[0, 1] < -0.9
 
 
-def regret(sign: int|None, seed: int, budget: float = 5) -> float:
+def regret(sign: int|None, seed: int, budget: float) -> float:
     "How far the best config of a search in full is from the best of the pool"
     noise, truth = np.random.default_rng(seed), quality(POOL)
     def function(config, level, epochs): return truth[POOL.index(config)]-0.1*(1-level)+0.01*noise.standard_normal()
@@ -56,10 +57,10 @@ def regret(sign: int|None, seed: int, budget: float = 5) -> float:
 
 
 def test_a_good_source_helps_and_a_misleading_one_does_no_lasting_harm():
-    cold, right, wrong = (np.array([regret(sign, seed) for seed in range(6)]) for sign in (None, 1, -1))
-    print(f'regret cold {cold.round(3)}, right {right.round(3)}, wrong {wrong.round(3)}')
-    assert right.mean() <= cold.mean()+0.01
-    assert wrong.mean() <= cold.mean()+0.03
+    "Cold, right and wrong reached 0.067, 0.006 and 0.199 below the best within 2.5 full trainings, and 0.015, 0.009 and 0.012 within 5"
+    def mean(sign, budget): return np.mean([regret(sign, seed, budget) for seed in range(5)])
+    assert mean(1, 2.5) < mean(None, 2.5)/2
+    assert mean(-1, 5) < mean(None, 5)+0.02
 
 
 @pytest.fixture(scope='module')

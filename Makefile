@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # uv does not read pip's variable for local wheels
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help demo test install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean
+.PHONY: help demo test install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean tables replay-probes replay-lcdb
 .DELETE_ON_ERROR:
 
 help:              ## list the targets
@@ -103,6 +103,23 @@ compare: $(DEHB)/.installed   ## search methods against each other on TaskSet: T
 	@mkdir -p runs/replay/taskset
 	$(EXPERIMENT) nbs/experiments/replay_taskset.ipynb runs/replay/taskset/replay_taskset.ipynb -r data_path '$(TASKSET)' \
 	  -r out runs/replay/taskset -p seeds $(REPLAY_SEEDS) -p jobs '$(or $(JOBS),1)'
+
+# --- ground truth: every config at every level and seed, and searches replayed on it ------------------------------
+TABLES          := digits mnist5k cifar10-10k
+TABLE_digits    := -r dataset digits -p n_configs 128 -r seeds '0 1 2' -p epochs 20
+TABLE_mnist5k   := -r dataset mnist5k -p n_configs 64 -r seeds '0 1 2' -p epochs 15 -r architecture mlp
+TABLE_cifar10-10k := -r dataset cifar10 -p subset 0.2 -p n_configs 24 -r seeds 0 -p epochs 10 -r augment flip_crop
+tables: $(TABLES:%=figures/%/table/card.json)   ## make the tables that are missing (hours); they are committed
+figures/%/table/card.json: | $(VENV)/.installed
+	@mkdir -p runs/table/$*
+	$(EXPERIMENT) nbs/experiments/table.ipynb runs/table/$*/table.ipynb $(TABLE_$*) -r out runs/table/$* -r copy figures/$*/table
+replay-probes: install dehb   ## replay searches on the tables, and the ablation of signals
+	@mkdir -p runs/replay/probes
+	$(EXPERIMENT) nbs/experiments/replay_probes.ipynb runs/replay/probes/replay_probes.ipynb -r tables '$(wildcard figures/*/table)' -r copy figures/probes
+LCDB ?=
+replay-lcdb: install     ## rank learners of unseen data sets: LCDB=archive.npz, or LCDB="train.npz test.npz"
+	@mkdir -p runs/replay/lcdb
+	$(EXPERIMENT) nbs/experiments/replay_lcdb.ipynb runs/replay/lcdb/replay_lcdb.ipynb -r train_path '$(firstword $(LCDB))' -r test_path '$(lastword $(LCDB))' -r out runs/replay/lcdb
 
 clean:                   ## remove the environment and build products; runs and figures stay
 	rm -rf $(VENV) $(PEERS) $(DEHB) build dist *.egg-info

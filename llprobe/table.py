@@ -66,12 +66,15 @@ def write_table(
     chance: float, # Score of chance
     notes: str = '', # What a reader should know of the data
 ) -> dict[str, Any]: # The card
-    "Export a table"
+    "Export the configs that have every level and seed"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open_store(database, create=False, read_only=True) as store:
         frames = [getattr(store, f'{kind}_frame')('table') for kind in ('probe', 'curve', 'response')]
         study, configs = store.study('table'), store.configs('table')
+    whole = frames[0].groupby('config_id').size()
+    whole = whole.index[whole == frames[0].groupby(['level', 'seed']).ngroups]
+    frames, configs = [f[f['config_id'].isin(whole)] for f in frames], [c for c in configs if config_id(c) in whole]
     for name, frame in zip(_FILES, frames):
         with atomic_path(folder/f'{name}.parquet') as path: _single(frame, study['space']['hyperparameters']).to_parquet(path, compression='zstd', index=False)
     probes = frames[0]

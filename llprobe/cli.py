@@ -140,6 +140,7 @@ def explain(args: argparse.Namespace) -> None:
             records, space = store.probes(name), SearchSpace.from_dict(store.study(name)['space'])
             table = importance(records, space)
             print('{}: {n_probes} probes at level {level:g}, of whose scores a forest explains {oob_r2:.2f} (R², out of bag)'.format(name, **table.attrs))
+            if table.attrs['oob_r2'] <= 0: print('that is no better than guessing: read what follows as a hint at most, and probe more configs')
             _print_frame('share of the variation', table)
             _print_frame('interactions', interactions(records, space).head(5))
             for final in (r for r in records if r['purpose'] == 'final'):

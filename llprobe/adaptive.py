@@ -10,7 +10,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy.stats import norm, rankdata, spearmanr
 from .core import InputError, derive_seed
-from .surrogate import FidelityGP, expected_improvement
+from .surrogate import FidelityGP, expected_improvement, one_thread
 
 # %% auto #0
 __all__ = ['Rung', 'make_ladder', 'step_cost', 'expected_maximum', 'best_start', 'Step', 'AdaptiveSearch', 'maximise']
@@ -144,7 +144,7 @@ def ask(self: AdaptiveSearch) -> list[Step]: # Empty when the search has finishe
     while not self.finished:
         told = next((k for k in range(len(self.steps)) if k not in self.results), len(self.steps))
         if len(self.steps)-told >= self.lag: break
-        step = self._decide(len(self.steps))
+        with one_thread(): step = self._decide(len(self.steps))
         if step is None: self.finished = True
         else: self.steps.append(step)
     return [s for s in self.steps if s.number not in self.results]

@@ -4,14 +4,16 @@
 
 # %% ../nbs/53_surrogate.ipynb #53surrogate002
 from __future__ import annotations
-import math
+import contextlib, functools, math
+from typing import Iterator
 import numpy as np, torch
 from fastcore.basics import patch
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.stats import norm
+from threadpoolctl import ThreadpoolController
 
 # %% auto #0
-__all__ = ['FidelityGP', 'expected_improvement']
+__all__ = ['FidelityGP', 'one_thread', 'expected_improvement']
 
 # %% ../nbs/53_surrogate.ipynb #53surrogate005
 _OWN = ('signal', 'noise', 'fidelity_length', 'gain', 'share') # After the d lengths; logarithms, of the share the logit
@@ -100,6 +102,19 @@ def predict(self: FidelityGP,
     return self.centre+self.scale*(cross.T@self._weights), self.scale*np.sqrt(variance.clip(1e-10))
 
 # %% ../nbs/53_surrogate.ipynb #53surrogate00d
+@functools.cache
+def _controller() -> ThreadpoolController: return ThreadpoolController()
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    "Let PyTorch and BLAS work in one thread while the block runs"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _controller().limit(limits=1): yield
+    finally: torch.set_num_threads(n)
+
+# %% ../nbs/53_surrogate.ipynb #53surrogate010
 def expected_improvement(
     mean: np.ndarray, # (m,) of the score
     std: np.ndarray, # (m,) its deviation, above 0

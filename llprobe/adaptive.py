@@ -206,11 +206,18 @@ def _decide(self: AdaptiveSearch, k: int) -> Step|None:
     candidates = np.array([*paused, *fresh], int)
     if not len(candidates): return None
     reached = np.array([*table.loc[paused, 'rung'], *[-1]*len(fresh)], int)
-    value = self._acquisition(n_known, pending, candidates, reached, rng)
-    if value is None: return None
-    best = int(np.argmax(value))
+    found = self._acquisition(n_known, pending, candidates, reached, rng)
+    if found is None: return None
+    best = int(np.argmax(found[0]))
     candidate, stands = int(candidates[best]), int(reached[best])
-    return self._affordable(k, candidate, max(stands+1, self._start(n_known)), stands)
+    return self._affordable(k, candidate, max(self._towards(int(found[1][best]), stands), self._start(n_known)), stands)
+
+@patch
+def _towards(self: AdaptiveSearch, target: int, reached: int) -> int: # Rung
+    "One step up within a level; a new training goes straight to the target's level"
+    levels = [rung.level for rung in self.ladder]
+    if reached+1 < len(levels) and reached >= 0 and levels[reached+1] == levels[reached]: return reached+1
+    return reached+1 if reached < 0 else levels.index(levels[target])
 
 @patch
 def _affordable(self: AdaptiveSearch, k: int, candidate: int, rung: int, reached: int) -> Step|None:
@@ -245,15 +252,15 @@ def _condition(self: AdaptiveSearch, n_known: int, pending: dict[int, int]) -> f
 
 @patch
 def _acquisition(self: AdaptiveSearch, n_known: int, pending: dict[int, int], candidates: np.ndarray,
-                 reached: np.ndarray, rng: np.random.Generator) -> np.ndarray|None:
+                 reached: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]|None: # Of each candidate, and the rung it was looked at
     "Expected improvement per cost at a random rung above each candidate's own; None when even full training promises too little"
     best = self._condition(n_known, pending)
     x, top = self.encoded[candidates], len(self.ladder)-1
     if self.min_improvement > 0 and expected_improvement(*self.gp.predict(x, self.fidelity[top]), best).max() < self.min_improvement: return None
-    ahead = int(rng.integers(1, top+2))
-    value = expected_improvement(*self.gp.predict(x, self.fidelity[np.minimum(reached+ahead, top)]), best)
-    value = value/[step_cost(self.ladder, k+1, k) for k in reached]
-    return value if self.prior is None else value*self.prior[candidates]**(10/len(self.results))
+    target = np.minimum(reached+int(rng.integers(1, top+2)), top)
+    value = expected_improvement(*self.gp.predict(x, self.fidelity[target]), best)
+    value = value/[step_cost(self.ladder, self._towards(t, k), k) for t, k in zip(target, reached)]
+    return (value if self.prior is None else value*self.prior[candidates]**(10/len(self.results))), target
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive017
 def maximise(

@@ -113,7 +113,7 @@ def plot_ablation(
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25, lw=0.5)
         axis.spines[['top', 'right']].set_visible(False)
-    figure.supxlabel('level', fontsize=8)
+    for axis in axes[-1]: axis.set_xlabel('level', fontsize=8)
     figure.supylabel('Spearman correlation with the full score', fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=7, frameon=False)
     return figure

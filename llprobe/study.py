@@ -42,6 +42,7 @@ class StudySettings:
     probe: ProbeSettings = ProbeSettings()
     budget: float|None = None # In full trainings, the last one included: search within it (`search.BudgetSearch`) in place of successive levels
     pool: int = 512          # Candidates of a search within a budget, or of a warm start
+    choose_levels: bool = False # Within a budget: let a pilot choose the level that configs begin at?
     population: str|None = None # One of `population.METHODS`; None is 'auto' on a GPU, and 'alone' on a CPU, where a resumed study then has the bits of an uninterrupted one
 
     warm_start: tuple[str|Path|dict[str, str], ...] = () # Folders of other studies to learn from; of an opened study what names them, such as their data sets
@@ -50,7 +51,7 @@ class StudySettings:
         "The settings as plain values"
         values = asdict(self)
         del values['probe']['train']['device'], values['probe']['train']['n_threads']
-        for name in ('budget', 'pool') if self.budget is None else ('n_configs', 'promote'): # without a say
+        for name in ('budget', 'pool', 'choose_levels') if self.budget is None else ('n_configs', 'promote'): # without a say
             if name != 'pool' or not self.warm_start: del values[name]
         if not self.warm_start: del values['warm_start'] # as in studies from before there was a choice
         if self.probe.architecture is not None: values['probe']['architecture'] = architecture_name(self.probe.architecture)
@@ -155,7 +156,8 @@ def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], sp
     model = PowerLawModel(n, chance, **(dict(prior=start.prior) if start and start.prior else {}))
     if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features)
     return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, _overhead(split, settings),
-                        seed=settings.seed, lag=_LAG, floor=chance, sources=np.array(start.predictions) if start and start.predictions else None)
+                        seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
+                        sources=np.array(start.predictions) if start and start.predictions else None)
 
 # %% ../nbs/61_study.ipynb #61study011
 def _warm_candidates(space: SearchSpace, settings: StudySettings, out: Path) -> tuple[list[dict], WarmStart|None]:

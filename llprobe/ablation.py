@@ -77,7 +77,8 @@ def _interval(predicted: np.ndarray, frame: pd.DataFrame, groups: np.ndarray, n_
     for _ in range(n_draws):
         i = np.concatenate([rows[c] for c in rng.choice(list(rows), len(rows))])
         inside = [i[groups[i] == g] for g in np.unique(groups)]
-        draws.append(np.mean([spearmanr(predicted[j], target[j]).statistic for j in inside if len(j) > 4 and np.ptp(target[j]) > 0 and np.ptp(predicted[j]) > 0]))
+        rho = [spearmanr(predicted[j], target[j]).statistic for j in inside if len(j) > 4 and np.ptp(target[j]) > 0 and np.ptp(predicted[j]) > 0]
+        draws.append(np.mean(rho) if rho else np.nan)
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return found | dict(low=float(low), high=float(high))
 

@@ -15,7 +15,7 @@ from .replay import ETA, BudgetSpent, ReplayTable, Run, ladder, train_rest
 
 # %% auto #0
 __all__ = ['parameters', 'n_choices', 'Proposals', 'optuna_hyperband', 'hyperband_trials', 'smac_multifidelity', 'dehb_python',
-           'dehb', 'peer_versions']
+           'install_dehb', 'dehb', 'peer_versions']
 
 # %% ../nbs/65_peers.ipynb #65peers004
 def _need(package: str) -> Any:
@@ -175,6 +175,14 @@ def dehb_python(
     return python
 
 # %% ../nbs/65_peers.ipynb #65peers018
+def install_dehb(
+    root: str|Path|None = None, # A clone of llprobe; by default the one that is imported
+) -> None:
+    "Make DEHB's environment if there is none, with `make dehb`"
+    root = Path(root or Path(llprobe.__file__).parent.parent)
+    if not (root/'.venv-dehb'/'bin'/'python').exists() and (root/'Makefile').exists(): subprocess.run(['make', '--silent', 'dehb'], cwd=root)
+    dehb_python(root)
+
 @functools.lru_cache(maxsize=None)
 def _dehb_server() -> subprocess.Popen:
     "The process that runs DEHB"

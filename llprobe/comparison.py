@@ -8,6 +8,7 @@ import itertools, math, re
 from pathlib import Path
 from typing import Any, Sequence
 import numpy as np, pandas as pd
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from scipy import stats
 from .core import InputError, atomic_path, digest
@@ -164,6 +165,12 @@ def _style(name: str) -> dict[str, Any]:
     if name == 'llprobe_transfer': return _style('llprobe') | dict(ls='--', marker='D', label='llprobe, with other tasks')
     return dict(color=colour, marker=marker, ms=4, lw=2.0 if name == 'llprobe' else 1.2, label=name.replace('_', ' '))
 
+def _set_ticks(axis: Axis, ticks: Sequence[float], low: float, high: float) -> None:
+    "Those of the ticks that lie in the range, as plain numbers"
+    ticks = [t for t in ticks if low <= t <= high]
+    axis.set_ticks(ticks, labels=[f'{t:g}' for t in ticks])
+    axis.minorticks_off()
+
 def _plot_means(means: pd.DataFrame, ylabel: str) -> Figure:
     "One line a method against the cost, with its standard error"
     figure, axis = _figure(5.2, 3.6)
@@ -172,9 +179,7 @@ def _plot_means(means: pd.DataFrame, ylabel: str) -> Figure:
         axis.plot(x, rows['mean'], markevery=max(1, len(x)//8), **style)
         axis.fill_between(x, rows['mean']-rows['se'], rows['mean']+rows['se'], color=style['color'], alpha=0.15, lw=0)
     axis.set(xscale='log', xlabel='cost (full trainings)', ylabel=ylabel)
-    ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if x.min() <= t <= x.max()]
-    axis.set_xticks(ticks, [f'{t:g}' for t in ticks])
-    axis.minorticks_off()
+    _set_ticks(axis.xaxis, (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64), x.min(), x.max())
     axis.legend(fontsize=7, frameon=False, ncols=2)
     return figure
 
@@ -187,10 +192,7 @@ def plot_regret(
     figure = _plot_means(mean_regrets(frame, value), value.replace('_', ' '))
     axis = figure.axes[0]
     axis.set_yscale('log')
-    low, high = axis.get_ylim()
-    ticks = [t for t in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if low <= t <= high]
-    axis.set_yticks(ticks, [f'{t:g}' for t in ticks])
-    axis.minorticks_off()
+    _set_ticks(axis.yaxis, (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1), *axis.get_ylim())
     return figure
 
 def plot_ranks(

@@ -20,7 +20,7 @@ class MetaModel(Protocol):
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame: ...
 
 # %% auto #0
-__all__ = ['MetaModel', 'log_odds_error', 'score_at', 'level_pairs', 'PowerLawModel']
+__all__ = ['MetaModel', 'log_odds_error', 'score_at', 'level_pairs', 'pair_weights', 'exponent_spread', 'PowerLawModel']
 
 # %% ../nbs/51_metamodel.ipynb #51metamodel005
 def log_odds_error(
@@ -58,6 +58,20 @@ def level_pairs(
             if step > 0: pairs.append((low, (z[low]-z[high])/step, (variance[low]+variance[high])/step**2))
     return pd.DataFrame(pairs, columns=['row', 'exponent', 'variance'])
 
+def pair_weights(
+    pairs: pd.DataFrame, # From `level_pairs`
+) -> pd.Series: # Above 0
+    "Weights by precision, such that no single pair may decide alone"
+    return 1/(pairs.variance+pairs.variance.median())
+
+def exponent_spread(
+    pairs: pd.DataFrame, # From `level_pairs`, at least one
+) -> tuple[float, float]: # Mean and deviation
+    "What exponents are like"
+    weight = pair_weights(pairs)
+    mean = np.average(pairs.exponent, weights=weight)
+    return float(mean), float(max(np.sqrt(np.average((pairs.exponent-mean)**2, weights=weight)), 0.02))
+
 # %% ../nbs/51_metamodel.ipynb #51metamodel00b
 class PowerLawModel:
     "Extrapolate each config's error to level 1 along a line whose slope is learnt from probes"
@@ -78,9 +92,8 @@ class PowerLawModel:
         pairs = level_pairs(frame, self.n_samples, self.chance)
         self.columns, self.regressor, self.spread = feature_columns(frame, self.families), None, self.prior
         if len(pairs) < self.min_pairs: return self
-        weight = 1/(pairs.variance+pairs.variance.median()) # no single pair may decide alone
-        mean = np.average(pairs.exponent, weights=weight)
-        self.spread = mean, max(np.sqrt(np.average((pairs.exponent-mean)**2, weights=weight)), 0.02)
+        weight = pair_weights(pairs)
+        self.spread = exponent_spread(pairs)
         if not self.columns: return self
         self.regressor = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler(), BayesianRidge())
         self.regressor.fit(frame.loc[pairs.row, self.columns], pairs.exponent, bayesianridge__sample_weight=weight/weight.mean())

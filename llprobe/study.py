@@ -28,7 +28,8 @@ from .training import resolve_device
 from .warm_start import WarmStart, learn, warm_design
 
 # %% auto #0
-__all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'open_study', 'run_study', 'run_probes', 'summarise']
+__all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'open_study', 'finished_record', 'run_study', 'run_probes',
+           'summarise']
 
 # %% ../nbs/61_study.ipynb #61study005
 @dataclass(frozen=True)
@@ -213,7 +214,10 @@ def _writable_folder(out: str|Path) -> Path:
     return out.resolve()
 
 # %% ../nbs/61_study.ipynb #61study016
-def _record(task: ProbeTask, result: Any) -> dict[str, Any]:
+def finished_record(
+    task: ProbeTask,
+    result: Any, # Its record, or the exception that ended it
+) -> dict[str, Any]: # Raises `result` if it is an `InputError`
     "A record of whatever came out"
     if isinstance(result, InputError): raise result
     if not isinstance(result, Exception): return result
@@ -228,7 +232,7 @@ def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: tqdm) ->
     tasks = [study.task(t) for t in trials]
     bar.set_description(f'level {", ".join(f"{level:g}" for level in sorted({t.level for t in trials}))}')
     for task, result in probe_population(tasks, workers, _method(study.settings)):
-        study.take(_record(task, result))
+        study.take(finished_record(task, result))
         bar.update()
         best = max(r['val_score'] for r in study.search.records.values())
         bar.set_postfix_str(f'best {show_score(best, study.split.dataset.metric, 1)}')
@@ -258,7 +262,7 @@ def _run_final(study: Study, trial: Trial, n_workers: int, executor: Executor|No
                 bar.set_postfix_str(f'validation {show_score(row["val_score"], study.split.dataset.metric, 1)}')
             function = functools.partial(run_probe, on_epoch=on_epoch)
         [(_, result)] = Workers(1, executor).run(function, [task])
-    record = _record(task, result)
+    record = finished_record(task, result)
     if weights := record.pop('weights', None):
         with atomic_path(study.out/'best.safetensors') as path: path.write_bytes(weights)
     study.take(record)
@@ -331,6 +335,8 @@ def run_probes(
         return plain(_facts(study) | dict(probes=probes))
 
 # %% ../nbs/61_study.ipynb #61study01e
+def _n_tried(study: Study) -> int: return len({config for config, *_ in study.search.records})
+
 def _cost(study: Study) -> dict[str, Any]:
     "What the study cost, in full-training equivalents and in seconds of one worker"
     records, n = list(study.search.records.values()), (len(study.split.train), study.settings.probe.train.n_epochs)
@@ -339,7 +345,7 @@ def _cost(study: Study) -> dict[str, Any]:
     seconds = {purpose: sum(r['seconds'] for r in rows) for purpose, rows in parts.items()}
     seconds['metamodel'] = study.search.metamodel_seconds
     fte['metamodel'] = seconds['metamodel']*fte['probe']/max(seconds['probe'], 1e-9)
-    return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(len({config for config, *_ in study.search.records}))),
+    return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(_n_tried(study))),
                 seconds=seconds | dict(total=sum(seconds.values())))
 
 # %% ../nbs/61_study.ipynb #61study01f
@@ -356,7 +362,7 @@ def _facts(study: Study) -> dict[str, Any]:
     "What was run, on what"
     s, dataset = study.settings, study.split.dataset
     return dict(dataset=dataset.name, fingerprint=dataset.fingerprint, metric=dataset.metric, study=study.name, levels=list(s.levels), seed=s.seed,
-                n_configs=len({config for config, *_ in study.search.records}), n_epochs=s.probe.train.n_epochs, n_train=len(study.split.train),
+                n_configs=_n_tried(study), n_epochs=s.probe.train.n_epochs, n_train=len(study.split.train),
                 architecture=s.to_dict()['probe']['architecture'], settings=s.to_dict(), versions=versions(),
                 hardware=hardware(s.probe.train.device))
 

@@ -13,11 +13,11 @@ from .core import InputError, atomic_path, plain, write_json
 from .data import Dataset, cached_file
 from .execution import Workers
 from .population import default_workers, probe_population
-from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record
+from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask
 from .replay import ReplayTable
 from .space import SearchSpace, config_id
 from .store import open_store
-from .study import StudySettings, hardware, versions
+from .study import StudySettings, finished_record, hardware, versions
 
 # %% auto #0
 __all__ = ['probe_table', 'write_table', 'read_table', 'table_records', 'replay_table']
@@ -48,8 +48,7 @@ def probe_table(
         tasks = _tasks(data_path, configs, levels, seeds, settings)
         todo = [t for t in tasks if (config_id(t.config), t.level, t.seed) not in done]
         for task, result in tqdm(probe_population(todo, workers, 'alone'), total=len(tasks), initial=len(tasks)-len(todo), unit='probe', disable=not progress):
-            if isinstance(result, InputError): raise result
-            store.add_probe('table', crashed_record(task, str(result)) if isinstance(result, Exception) else result)
+            store.add_probe('table', finished_record(task, result))
     return path
 
 # %% ../nbs/63_table.ipynb #63table007

@@ -11,7 +11,7 @@ from typing import Any, Iterable, Sequence
 import numpy as np, pandas as pd
 from .adaptive import _initial_order, _quantiles
 from .core import InputError, write_json
-from .metamodel import level_pairs
+from .metamodel import exponent_spread, level_pairs
 from .space import SearchSpace, config_id
 from .store import open_store
 from .surrogate import FidelityGP
@@ -49,10 +49,7 @@ def prior_exponents(
     "The exponents that other studies' configs show between levels"
     pairs = [level_pairs(frame[frame.status == 'ok'], n, chance) for frame, n, chance in studies if len(frame)]
     pairs = pd.concat(pairs) if pairs else []
-    if len(pairs) < min_pairs: return None
-    weight = 1/(pairs.variance+pairs.variance.median()) # no single pair may decide alone
-    mean = np.average(pairs.exponent, weights=weight)
-    return float(mean), float(max(np.sqrt(np.average((pairs.exponent-mean)**2, weights=weight)), 0.02))
+    return exponent_spread(pairs) if len(pairs) >= min_pairs else None
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart00f
 def _read(folder: str|Path, out: Path) -> tuple[dict, list[dict], int, float]|None: # Study, probes, validation samples, chance; None without a study

@@ -11,7 +11,7 @@ from .data import Split, strata, stratified_mask
 from .sampler import flat_inputs, sample_order
 
 # %% auto #0
-__all__ = ['data_features']
+__all__ = ['data_features', 'part_sizes', 'chance_score']
 
 # %% ../nbs/03_dataset_features.ipynb #03datasetfea005
 def _class_entropy(y: np.ndarray) -> float:
@@ -72,7 +72,7 @@ def data_features(
     z = pca.transform(flat)[:, :64]
     half = stratified_mask(strata(targets).numpy(), len(targets)//2, np.random.default_rng(derive_seed(seed, 'landmarks')))
     return dict(
-        log_n_train=math.log(len(y)), log_n_inputs=math.log(math.prod(shape)), n_channels=float(shape[0]) if split.dataset.is_image else 0.,
+        log_n_train=math.log(len(y)), log_n_val=math.log(len(split.val)), log_n_inputs=math.log(math.prod(shape)), n_channels=float(shape[0]) if split.dataset.is_image else 0.,
         input_mean=float(flat.mean()), input_std=float(flat.std()),
         pca_share=float((explained < 0.95).sum()+1)/flat.shape[1] if explained[-1] > 0 else 0.,
         **(_class_features(y.numpy(), z, targets.numpy(), half) if split.dataset.classes else _target_features(z, targets.numpy(), half)))
@@ -80,3 +80,18 @@ def data_features(
 def _class_features(y: np.ndarray, z: np.ndarray, labels: np.ndarray, is_fitted: np.ndarray) -> dict[str, float]:
     "What only a classification has: of all labels, then of the subsample"
     return dict(n_classes=float(len(np.unique(y))), class_entropy=_class_entropy(y), fisher_ratio=_fisher_ratio(z, labels)) | _landmarks(z, labels, is_fitted)
+
+# %% ../nbs/03_dataset_features.ipynb #03datasetfea014
+def part_sizes(
+    features: dict[str, float], # From `data_features`
+) -> tuple[int, int]: # Training samples, validation samples
+    "How many samples a study trained and validated on"
+    log_n_train = features['log_n_train']
+    log_n_val = features.get('log_n_val', log_n_train-math.log(9)) # older studies did not keep it: a tenth of the pool is held out by default
+    return round(math.exp(log_n_train)), round(math.exp(log_n_val))
+
+def chance_score(
+    features: dict[str, float], # From `data_features`
+) -> float: # 1/n_classes of an accuracy, 0 of R²
+    "The score of guessing, or of naming the mean"
+    return 1/features['n_classes'] if 'n_classes' in features else 0.0

@@ -40,6 +40,14 @@ class ProbeSettings:
     n_response_samples: int = 128             # Training and validation samples the responses are measured on
     training: str|Callable|None = None        # Trains in place of llprobe's loop: 'package.module:function' or a callable, see `custom_training`
 
+    @classmethod
+    def from_dict(cls,
+        values: dict[str, Any], # As a study's database or a table's card holds them
+    ) -> ProbeSettings:
+        "The settings again; the device is this machine's"
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**plain | dict(train=TrainSettings(**values['train'])))
+
 @dataclass(frozen=True)
 class ProbeTask:
     "One probe to run"

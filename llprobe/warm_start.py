@@ -11,6 +11,7 @@ from typing import Any, Iterable, Sequence
 import numpy as np, pandas as pd
 from .adaptive import _initial_order, _quantiles
 from .core import InputError, write_json
+from .dataset_features import chance_score, part_sizes
 from .metamodel import exponent_spread, level_pairs
 from .space import SearchSpace, config_id
 from .store import open_store
@@ -61,9 +62,8 @@ def _read(folder: str|Path, out: Path) -> tuple[dict, list[dict], int, float]|No
         names = store.studies()['name']
         if not len(names): return None
         study, records = store.study(names[0]), store.probes(names[0])
-    features, share = study['data_features'], study['settings']['probe']['val_fraction']
-    n_samples = max(1, round(np.exp(features['log_n_train'])*share/(1-share)))
-    return study, records, n_samples, 0.0 if study['metric'] == 'r2' else 1/features['n_classes']
+    features = study['data_features']
+    return study, records, part_sizes(features)[1], chance_score(features)
 
 def _identity(study: dict) -> dict[str, str]: # What the new study's settings say of a source: no path
     return dict(dataset=study['dataset'], fingerprint=study['fingerprint'], settings=study['settings_digest'])

@@ -116,15 +116,26 @@ def _prior(self: StudyReader) -> dict[str, Any]: # Options of the meta-model
     return {}
 
 @patch
+def _features(self: StudyReader, level: float) -> pd.DataFrame:
+    "The meta-model's table of the probes up to a level; at least one"
+    return feature_frame([r for r in self.probes if r['level'] <= level], self.space, self.study['data_features'])
+
+@patch
+def metamodel(self: StudyReader,
+    level: float = 1.0, # Learn from probes up to this level; there must be one
+) -> PowerLawModel:
+    "The meta-model as it would be fitted now"
+    return PowerLawModel(self.n_val, self.chance, **self._prior()).fit(self._features(level))
+
+@patch
 def ranking(self: StudyReader,
     level: float = 1.0, # Use probes up to this level
 ) -> pd.DataFrame: # By config_id, best first: mean, std (score at level 1), level (the highest probed), exponent, val_score, status
     "What each config would reach in full, as the meta-model sees it now"
-    probes = [r for r in self.probes if r['level'] <= level]
-    if not probes: return pd.DataFrame(columns=['mean', 'std', 'level', 'exponent', 'val_score', 'status'], index=pd.Index([], name='config_id'))
-    frame = feature_frame(probes, self.space, self.study['data_features'])
-    table = PowerLawModel(self.n_val, self.chance, **self._prior()).fit(frame).predict(frame)
-    seen = frame.set_index(['config_id', 'level'])[['val_score', 'status']]
+    if not any(r['level'] <= level for r in self.probes):
+        return pd.DataFrame(columns=['mean', 'std', 'level', 'exponent', 'val_score', 'status'], index=pd.Index([], name='config_id'))
+    frame = self._features(level)
+    table, seen = self.metamodel(level).predict(frame), frame.set_index(['config_id', 'level'])[['val_score', 'status']]
     table = table.join(seen.loc[list(zip(table.index, table['level']))].reset_index('level', drop=True))
     return table.sort_values('mean', ascending=False, kind='stable')
 

@@ -35,7 +35,7 @@ const colour = (el, name, otherwise) => getComputedStyle(el).getPropertyValue(na
 const themed = (el, layout) => {
   const text = colour(el, '--jp-content-font-color1', '#222'), grid = colour(el, '--jp-border-color2', '#ddd')
   const axes = Object.fromEntries(Object.entries(layout).filter(([key]) => /^[xy]axis/.test(key)).map(([key, axis]) => [key, {gridcolor: grid, zerolinecolor: grid, ...axis}]))
-  return {...layout, ...axes, autosize: true, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', font: {...layout.font, color: text}}
+  return {...layout, ...axes, autosize: true, modebar: {bgcolor: 'rgba(0,0,0,0)', color: grid, activecolor: text}, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', font: {...layout.font, color: text}}
 }
 const ranges = div => div.data[0].dimensions.map(d => d.constraintrange ?? null)
 export default { async render({ model, el }) {
@@ -52,7 +52,7 @@ export default { async render({ model, el }) {
   }
   await draw()
   model.on('change:version', draw)
-  div.on('plotly_click', ({points: [p]}) => report({kind: 'click', customdata: p.customdata ?? null, x: p.x ?? null, y: p.y ?? null}))
+  div.on('plotly_click', ({points: [p]}) => report({kind: 'click', id: p.id ?? null, x: p.x ?? null, y: p.y ?? null}))
   div.on('plotly_restyle', ([change]) => { if (Object.keys(change).some(key => key.includes('constraintrange'))) report({kind: 'brush', ranges: ranges(div)}) })
   const resized = new ResizeObserver(() => Plotly.Plots.resize(div))
   resized.observe(el)
@@ -73,11 +73,11 @@ class Plot(anywidget.AnyWidget):
     def __init__(self,
         figure: go.Figure|None = None,
         label: str = 'plot', # What it shows
-        on_click: Callable[[Any], None]|None = None, # Called with the `customdata` of a clicked point
+        on_click: Callable[[str], None]|None = None, # Called with the entry of the trace's `ids` when a point is clicked
         on_brush: Callable[[list], None]|None = None, # Called with a range, a list of ranges or None for each of the parallel coordinates
     ):
         super().__init__(library=_library(), label=label)
-        self._on = dict(click=on_click and (lambda e: on_click(e['customdata'])), brush=on_brush and (lambda e: on_brush(e['ranges'])))
+        self._on = dict(click=on_click and (lambda e: on_click(e['id'])), brush=on_brush and (lambda e: on_brush(e['ranges'])))
         self.observe(self._happened, 'event')
         self.show(figure or go.Figure())
 
@@ -85,6 +85,7 @@ class Plot(anywidget.AnyWidget):
         figure: go.Figure,
     ) -> None:
         "Show another figure, from any thread"
+        self.source = figure
         with self.hold_sync():
             self.figure, self.version = json.loads(figure.to_json()), self.version+1
 

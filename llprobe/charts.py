@@ -93,17 +93,19 @@ def _reached(study: StudyReader, x: list, y: list) -> go.Scatter:
 def ranking_chart(
     study: StudyReader,
     level: float = 1.0, # Predict from probes up to this level
+    highlight: Sequence[str]|None = None, # config_ids to point out; by default none
     n: int = 32, # The best so many
 ) -> go.Figure:
     "Each config's predicted full score with its interval, what was seen, and what was reached"
     table = study.ranking(level).head(n).iloc[::-1]
     if not len(table): return message_chart('nothing was probed yet')
     names = [f'{c[:8]} @ {l:g}' for c, l in zip(table.index, table['level'])]
-    text = [_hover(study, c) for c in table.index]
-    seen = go.Scatter(x=plain_numbers(table['val_score']), y=names, customdata=text, mode='markers', name='seen at its highest level', marker=dict(size=7, color=INK),
+    common = dict(y=names, customdata=[_hover(study, c) for c in table.index], ids=list(table.index))
+    colours = [COLOURS['blue'] if c in (highlight or ()) else COLOURS['orange'] for c in table.index]
+    seen = go.Scatter(x=plain_numbers(table['val_score']), **common, mode='markers', name='seen at its highest level', marker=dict(size=7, color=INK),
                       hovertemplate='%{customdata}<br>seen %{x}<extra></extra>')
-    predicted = go.Scatter(x=plain_numbers(table['mean']), y=names, customdata=text, mode='markers', name='predicted at level 1, ± 2 deviations', marker=dict(symbol='diamond', size=7, color=COLOURS['orange']),
-                           error_x=dict(array=plain_numbers(2*table['std']), thickness=1.2, width=3), hovertemplate='%{customdata}<br>predicted %{x}<extra></extra>')
+    predicted = go.Scatter(x=plain_numbers(table['mean']), **common, mode='markers', name='predicted at level 1, ± 2 deviations', marker=dict(symbol='diamond', size=8, color=colours),
+                           error_x=dict(array=plain_numbers(2*table['std']), thickness=1.2, width=3, color=COLOURS['grey']), hovertemplate='%{customdata}<br>predicted %{x}<extra></extra>')
     traces = [seen, predicted]
     if study.final and study.final['config_id'] in table.index:
         traces.append(_reached(study, plain_numbers([study.final['val_score']]), [names[list(table.index).index(study.final['config_id'])]]))
@@ -119,7 +121,7 @@ def timeline_chart(
     table, traces = study.timeline, []
     if not len(table): return message_chart('nothing was probed yet')
     for (level, rows), colour, symbol in zip(table.groupby('level'), itertools.cycle(CYCLE), itertools.cycle(('circle', 'square', 'diamond', 'cross', 'triangle-up', 'x'))):
-        common = dict(x=plain_numbers(rows['spent']), legendgroup=f'{level:g}')
+        common = dict(x=plain_numbers(rows['spent']), legendgroup=f'{level:g}', ids=list(rows['config_id']))
         traces.append(go.Scatter(y=plain_numbers(rows['best']), mode='lines', line=dict(shape='hv', width=1.5, color=colour), showlegend=False, hoverinfo='skip', **common))
         traces.append(go.Scatter(y=plain_numbers(rows['val_score']), mode='markers', name=f'level {level:g}', marker=dict(size=8, color=colour, symbol=symbol), customdata=[_hover(study, c) for c in rows['config_id']],
                                  hovertemplate=f'%{{customdata}}<br>level {level:g}, score %{{y}}<br>after %{{x}} FTE<extra></extra>', **common))
@@ -240,7 +242,7 @@ def parallel_chart(
     dimensions = [_dimension(study, n, [r['config'].get(n) for r in records]) for n in study.space.names if len({r['config'].get(n) for r in records}) > 1]
     scores = plain_numbers(max(r['val_score'], -0.5) for r in records)
     score = dict(label=f'{METRICS[study.metric]} at {level:g}', values=scores, **(dict(tickformat='.0%') if study.metric == 'accuracy' else {}))
-    trace = go.Parcoords(dimensions=[*dimensions, score], line=dict(color=scores, colorscale=SCORES), labelangle=-25, labelside='top', unselected=dict(line=dict(opacity=0.08)))
+    trace = go.Parcoords(ids=[r['config_id'] for r in records], dimensions=[*dimensions, score], line=dict(color=scores, colorscale=SCORES), labelangle=-25, labelside='top', unselected=dict(line=dict(opacity=0.08)))
     return chart_figure([trace], {}, {}, margin=dict(l=60, r=40, t=76, b=20), height=360)
 
 # %% ../nbs/76_charts.ipynb #76charts01d

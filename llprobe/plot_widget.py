@@ -47,7 +47,7 @@ export default { async render({ model, el }) {
     const figure = model.get('figure')
     div.style.height = `${figure.layout.height ?? 320}px`
     div.setAttribute('aria-label', model.get('label'))
-    await Plotly.react(div, figure.data, themed(el, figure.layout), {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['lasso2d', 'select2d']})
+    await Plotly.react(div, figure.data, themed(el, figure.layout), {responsive: true, displaylogo: false, displayModeBar: 'hover', modeBarButtonsToRemove: ['lasso2d', 'select2d']})
     div.dataset.drawn = model.get('version')
   }
   await draw()

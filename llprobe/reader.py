@@ -21,7 +21,7 @@ from .store import open_store
 from .training import network_input, resolve_device
 
 # %% auto #0
-__all__ = ['read_result', 'StudyReader', 'read_study']
+__all__ = ['read_result', 'StudyReader', 'read_study', 'find_studies']
 
 # %% ../nbs/75_reader.ipynb #75reader005
 def read_result(
@@ -63,6 +63,16 @@ def read_study(
     return StudyReader(folder, data)
 
 # %% ../nbs/75_reader.ipynb #75reader007
+def find_studies(
+    root: str|Path, # A study's folder, or one above several
+) -> list[Path]: # Sorted; `InputError` when there is none
+    "The folders of all studies"
+    root = Path(root).expanduser()
+    found = sorted(path.parent for path in root.glob('**/study.db')) if root.is_dir() else []
+    if not found: raise InputError(f'there is no study in {root}: run one with llprobe run --out {root}/NAME')
+    return found
+
+# %% ../nbs/75_reader.ipynb #75reader008
 @patch
 def fte(self: StudyReader, record: dict[str, Any]) -> float:
     "What a record cost, in full-training equivalents"
@@ -77,7 +87,7 @@ def _timeline(self: StudyReader) -> pd.DataFrame: # One row a record: config_id,
     table = pd.DataFrame(rows, columns=[*keys, 'fte', 'finished_at']).sort_values('finished_at', kind='stable', ignore_index=True)
     return table.assign(spent=table['fte'].cumsum(), best=table.groupby('level')['val_score'].cummax())
 
-# %% ../nbs/75_reader.ipynb #75reader008
+# %% ../nbs/75_reader.ipynb #75reader009
 @patch
 def refresh(self: StudyReader) -> bool: # Whether anything is new
     "Read what was recorded since"
@@ -107,7 +117,7 @@ def record(self: StudyReader, config: str, level: float, purpose: str = 'probe')
         if (r['config_id'], r['level'], r['purpose']) == (config, level, purpose): return r
     raise InputError(f'config {config} has no {purpose} at level {level:g} in the study {self.name!r}: choose one that was run')
 
-# %% ../nbs/75_reader.ipynb #75reader00d
+# %% ../nbs/75_reader.ipynb #75reader00e
 @patch
 def _prior(self: StudyReader) -> dict[str, Any]: # Options of the meta-model
     "What a warm start knew of exponents"
@@ -144,13 +154,13 @@ def best(self: StudyReader) -> str|None: # Its config_id
     "The config trained in full, or else the one predicted to be best by now"
     return self.final['config_id'] if self.final else next(iter(self.ranking().index), None)
 
-# %% ../nbs/75_reader.ipynb #75reader00e
+# %% ../nbs/75_reader.ipynb #75reader00f
 @patch
 def cost(self: StudyReader) -> pd.DataFrame: # One row a purpose and level: probes, seconds, fte
     "What was spent where"
     return self.timeline.groupby(['purpose', 'level'], sort=False).agg(probes=('fte', 'size'), seconds=('seconds', 'sum'), fte=('fte', 'sum')).reset_index()
 
-# %% ../nbs/75_reader.ipynb #75reader011
+# %% ../nbs/75_reader.ipynb #75reader012
 @patch
 def _data_path(self: StudyReader) -> str:
     "The data set's cached file"
@@ -173,7 +183,7 @@ def split(self: StudyReader) -> Split:
     "The study's data"
     return task_split(ProbeTask(self._data_path(), {}, 1.0, self.seed, settings=self.settings))
 
-# %% ../nbs/75_reader.ipynb #75reader013
+# %% ../nbs/75_reader.ipynb #75reader014
 @patch
 def _weights_path(self: StudyReader, config: str, level: float, purpose: str) -> Path:
     "Where a record's weights are kept"
@@ -219,7 +229,7 @@ def model(self: StudyReader,
         self._models[key] = (self._load(task) or self._train(task)).eval()
     return self._models[key]
 
-# %% ../nbs/75_reader.ipynb #75reader015
+# %% ../nbs/75_reader.ipynb #75reader016
 @patch
 def samples(self: StudyReader,
     part: str = 'val', # 'train', 'val' or 'test'
@@ -230,7 +240,7 @@ def samples(self: StudyReader,
     x, y = self.split.samples(part, torch.arange(min(n or size, size)))
     return network_input(self.split, x.to(device)), y.to(device)
 
-# %% ../nbs/75_reader.ipynb #75reader018
+# %% ../nbs/75_reader.ipynb #75reader019
 @patch
 def headline(self: StudyReader) -> str:
     "The study in one sentence"

@@ -5,17 +5,19 @@
 # %% ../nbs/83_what_if.ipynb #83whatif003
 from __future__ import annotations
 from typing import Any, Sequence
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, plotly.graph_objects as go
 from scipy.stats import norm
 from ConfigSpace.hyperparameters import Constant, UniformFloatHyperparameter, UniformIntegerHyperparameter
 from .core import InputError
 from .metamodel import log_odds_error, score_at
+from .model_charts import chart_axis, chart_figure, score_axis
 from .reader import StudyReader
 from .space import SearchSpace
 from .surrogate import FidelityGP, one_thread
+from .visualization import COLOURS
 
 # %% auto #0
-__all__ = ['values_of', 'complete', 'WhatIf']
+__all__ = ['values_of', 'complete', 'WhatIf', 'slice_chart']
 
 # %% ../nbs/83_what_if.ipynb #83whatif005
 def values_of(
@@ -75,3 +77,25 @@ class WhatIf:
         table = self.predict([complete(self.space, values | {name: v}) for v in positions])
         table.insert(0, 'value', pd.Series(positions, dtype=object if isinstance(positions[0], str) else None))
         return table
+
+# %% ../nbs/83_what_if.ipynb #83whatif00c
+def slice_chart(
+    study: StudyReader,
+    table: pd.DataFrame, # From `WhatIf.slice`
+    name: str, # The hyper-parameter along the axis
+    value: Any, # Where it is now
+) -> go.Figure:
+    "Predicted full score along one hyper-parameter, with what the tried configs are predicted to reach"
+    hp, ranking = study.space.configspace[name], study.ranking()
+    is_range = hasattr(hp, 'lower')
+    x, here = ([v if is_range else str(v) for v in values] for values in (table['value'], [value]))
+    tried = [(study.configs[c][name], row['mean'], c) for c, row in ranking.iterrows() if name in study.configs[c]]
+    band = dict(mode='lines', line=dict(width=0), hoverinfo='skip', showlegend=False)
+    traces = [
+        go.Scatter(x=x, y=table['low'], **band), go.Scatter(x=x, y=table['high'], fill='tonexty', fillcolor='rgba(0,114,178,0.18)', **band),
+        go.Scatter(x=x, y=table['median'], mode='lines' if is_range else 'lines+markers', name='prediction, 90 %', line=dict(color=COLOURS['blue'])),
+        go.Scatter(x=[v if is_range else str(v) for v, *_ in tried], y=[y for _, y, _ in tried], ids=[c for *_, c in tried], text=[c[:8] for *_, c in tried], mode='markers',
+                   name='tried configs, from their own probes', marker=dict(size=6, color=COLOURS['grey'], opacity=0.7), hovertemplate='%{text}<br>%{x}<br>predicted %{y}<extra></extra>'),
+        go.Scatter(x=here, y=[table['median'][x.index(here[0])]], mode='markers', showlegend=False, marker=dict(size=12, color=COLOURS['orange'], symbol='diamond'), hoverinfo='skip')]
+    axis = chart_axis(name, type='log' if getattr(hp, 'log', False) else 'linear' if is_range else 'category')
+    return chart_figure(traces, axis, score_axis(study.metric, [*table['low'], *table['high'], *(y for _, y, _ in tried)]))

@@ -91,6 +91,7 @@ class PowerLawModel:
         frame = frame[frame.status == 'ok'].reset_index(drop=True)
         pairs = level_pairs(frame, self.n_samples, self.chance)
         self.columns, self.regressor, self.spread = feature_columns(frame, self.families), None, self.prior
+        self.n_pairs = len(pairs)
         if len(pairs) < self.min_pairs: return self
         weight = pair_weights(pairs)
         self.spread = exponent_spread(pairs)
@@ -126,3 +127,18 @@ def predict(self: PowerLawModel,
     failed = (top.status != 'ok').to_numpy()
     table.loc[failed, ['mean', 'std', 'exponent']] = self.chance, 0.0, 0.0
     return table
+
+# %% ../nbs/51_metamodel.ipynb #51metamodel00f
+@patch
+def learnt(self: PowerLawModel) -> pd.Series: # By feature, strongest first; empty when the prior is used alone
+    "The change of the exponent per standard deviation of a feature"
+    if self.regressor is None: return pd.Series(dtype=float)
+    weights = pd.Series(self.regressor[-1].coef_, self.columns)
+    return weights.loc[weights.abs().sort_values(ascending=False, kind='stable').index]
+
+@patch
+def _repr_html_(self: PowerLawModel) -> str:
+    if not hasattr(self, 'spread'): return '<p>PowerLawModel, not fitted yet</p>'
+    source = f'{self.n_pairs} pairs of levels' if self.n_pairs >= self.min_pairs else f'the prior, since there are {self.n_pairs} of {self.min_pairs} pairs of levels'
+    strongest = self.learnt().head(8).rename('change of the exponent').to_frame()
+    return f'<p>Error falls with the data to the power of {self.spread[0]:.2f} ± {self.spread[1]:.2f}, from {source}.</p>{strongest.to_html(float_format="{:+.3f}".format) if len(strongest) else ""}'

@@ -4,13 +4,13 @@
 
 # %% ../nbs/75_reader.ipynb #75reader003
 from __future__ import annotations
-import contextlib, functools, html, json
+import contextlib, functools, html, json, math
 from pathlib import Path
 from typing import Any
 import pandas as pd, safetensors.torch, torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
-from .core import InputError, atomic_path, show_score
+from .core import METRICS, InputError, atomic_path, show_score
 from .data import Dataset, Split, cache_folder, cached_file, load_dataset, open_dataset
 from .dataset_features import chance_score, part_sizes
 from .features import feature_frame
@@ -21,9 +21,39 @@ from .store import open_store
 from .training import network_input, resolve_device
 
 # %% auto #0
-__all__ = ['read_result', 'StudyReader', 'read_study', 'find_studies']
+__all__ = ['Config', 'Record', 'read_result', 'StudyReader', 'read_study', 'find_studies']
 
 # %% ../nbs/75_reader.ipynb #75reader005
+def _table(values: dict[str, Any]) -> str:
+    "Names and values as HTML"
+    show = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v)
+    return '<table>'+''.join(f'<tr><th style="text-align:left">{html.escape(str(k))}</th><td>{html.escape(show(v))}</td></tr>' for k, v in values.items())+'</table>'
+
+def _sparkline(values: list[float], width: int = 160, height: int = 40) -> str:
+    "A curve as SVG; gaps where it is not finite"
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    if len(known) < 2: return ''
+    low, high = min(known), max(known)
+    points = ' '.join(f'{i*width/(len(values)-1):.1f},{height-2-(v-low)/((high-low) or 1)*(height-4):.1f}' for i, v in enumerate(values) if v in known)
+    return f'<svg width="{width}" height="{height}" role="img" aria-label="from {values[0]:.3g} to {values[-1]:.3g}"><polyline points="{points}" fill="none" stroke="#0072B2" stroke-width="2"/></svg>'
+
+class Config(dict):
+    "Hyper-parameters by name"
+    def _repr_html_(self) -> str: return f'<p>config <code>{config_id(self)}</code></p>{_table(self)}'
+
+class Record(dict):
+    "What a training left: a record as `store.Store.probes` gives it"
+    def __init__(self, values: dict[str, Any], metric: str = 'accuracy'):
+        super().__init__(values)
+        self._metric = metric
+
+    def _repr_html_(self) -> str:
+        scores = {f'{part} {METRICS[self._metric]}': show_score(self[f'{part}_score'], self._metric) for part in ('val', 'test') if self[f'{part}_score'] is not None}
+        facts = {k: self[k] for k in ('status', 'val_loss', 'n_samples', 'n_epochs', 'seconds', 'error') if self[k] is not None}
+        what = 'full training' if self['purpose'] == 'final' else f'probe at level {self["level"]:g}'
+        return f'<p>{what} of config <code>{self["config_id"]}</code></p>{_table(scores | facts)}{_sparkline([row["val_score"] for row in self["curve"]])}'
+
+# %% ../nbs/75_reader.ipynb #75reader007
 def read_result(
     folder: str|Path, # A study's folder
 ) -> dict[str, Any]: # Content of its result.json
@@ -33,7 +63,7 @@ def read_result(
     try: return json.loads(path.read_text())
     except ValueError as error: raise InputError(f'{path} is damaged ({error}): run the study again, which only writes it anew') from None
 
-# %% ../nbs/75_reader.ipynb #75reader006
+# %% ../nbs/75_reader.ipynb #75reader008
 class StudyReader:
     "A study as it is in its folder; made by `read_study`"
     def __init__(self,
@@ -62,7 +92,7 @@ def read_study(
     "Open a study to look at it"
     return StudyReader(folder, data)
 
-# %% ../nbs/75_reader.ipynb #75reader007
+# %% ../nbs/75_reader.ipynb #75reader009
 def find_studies(
     root: str|Path, # A study's folder, or one above several
 ) -> list[Path]: # Sorted; `InputError` when there is none
@@ -72,7 +102,7 @@ def find_studies(
     if not found: raise InputError(f'there is no study in {root}: run one with llprobe run --out {root}/NAME')
     return found
 
-# %% ../nbs/75_reader.ipynb #75reader008
+# %% ../nbs/75_reader.ipynb #75reader00a
 @patch
 def fte(self: StudyReader, record: dict[str, Any]) -> float:
     "What a record cost, in full-training equivalents"
@@ -87,7 +117,7 @@ def _timeline(self: StudyReader) -> pd.DataFrame: # One row a record: config_id,
     table = pd.DataFrame(rows, columns=[*keys, 'fte', 'finished_at']).sort_values('finished_at', kind='stable', ignore_index=True)
     return table.assign(spent=table['fte'].cumsum(), best=table.groupby('level')['val_score'].cummax())
 
-# %% ../nbs/75_reader.ipynb #75reader009
+# %% ../nbs/75_reader.ipynb #75reader00b
 @patch
 def refresh(self: StudyReader) -> bool: # Whether anything is new
     "Read what was recorded since"
@@ -95,8 +125,8 @@ def refresh(self: StudyReader) -> bool: # Whether anything is new
         [row] = store.studies().to_dict('records')
         seen = row['n_configs'], row['n_probes'], row['last_finished_at'], (self.folder/'result.json').exists()
         if seen == self._seen: return False
-        self.configs = {config_id(c): c for c in store.configs(self.name)}
-        self.records, self.frame = store.probes(self.name), store.probe_frame(self.name)
+        self.configs = {config_id(c): Config(c) for c in store.configs(self.name)}
+        self.records, self.frame = [Record(r, metric=self.metric) for r in store.probes(self.name)], store.probe_frame(self.name)
     self._seen, self.timeline = seen, self._timeline()
     return True
 
@@ -117,7 +147,7 @@ def record(self: StudyReader, config: str, level: float, purpose: str = 'probe')
         if (r['config_id'], r['level'], r['purpose']) == (config, level, purpose): return r
     raise InputError(f'config {config} has no {purpose} at level {level:g} in the study {self.name!r}: choose one that was run')
 
-# %% ../nbs/75_reader.ipynb #75reader00e
+# %% ../nbs/75_reader.ipynb #75reader010
 @patch
 def _prior(self: StudyReader) -> dict[str, Any]: # Options of the meta-model
     "What a warm start knew of exponents"
@@ -154,13 +184,13 @@ def best(self: StudyReader) -> str|None: # Its config_id
     "The config trained in full, or else the one predicted to be best by now"
     return self.final['config_id'] if self.final else next(iter(self.ranking().index), None)
 
-# %% ../nbs/75_reader.ipynb #75reader00f
+# %% ../nbs/75_reader.ipynb #75reader011
 @patch
 def cost(self: StudyReader) -> pd.DataFrame: # One row a purpose and level: probes, seconds, fte
     "What was spent where"
     return self.timeline.groupby(['purpose', 'level'], sort=False).agg(probes=('fte', 'size'), seconds=('seconds', 'sum'), fte=('fte', 'sum')).reset_index()
 
-# %% ../nbs/75_reader.ipynb #75reader012
+# %% ../nbs/75_reader.ipynb #75reader014
 @patch
 def _data_path(self: StudyReader) -> str:
     "The data set's cached file"
@@ -183,7 +213,7 @@ def split(self: StudyReader) -> Split:
     "The study's data"
     return task_split(ProbeTask(self._data_path(), {}, 1.0, self.seed, settings=self.settings))
 
-# %% ../nbs/75_reader.ipynb #75reader014
+# %% ../nbs/75_reader.ipynb #75reader016
 @patch
 def _weights_path(self: StudyReader, config: str, level: float, purpose: str) -> Path:
     "Where a record's weights are kept"
@@ -229,7 +259,7 @@ def model(self: StudyReader,
         self._models[key] = (self._load(task) or self._train(task)).eval()
     return self._models[key]
 
-# %% ../nbs/75_reader.ipynb #75reader016
+# %% ../nbs/75_reader.ipynb #75reader018
 @patch
 def samples(self: StudyReader,
     part: str = 'val', # 'train', 'val' or 'test'
@@ -240,7 +270,7 @@ def samples(self: StudyReader,
     x, y = self.split.samples(part, torch.arange(min(n or size, size)))
     return network_input(self.split, x.to(device)), y.to(device)
 
-# %% ../nbs/75_reader.ipynb #75reader019
+# %% ../nbs/75_reader.ipynb #75reader01b
 @patch
 def headline(self: StudyReader) -> str:
     "The study in one sentence"

@@ -4,7 +4,7 @@
 
 # %% ../nbs/10_space.ipynb #10space003
 from __future__ import annotations
-import itertools, json, math, re
+import html, itertools, json, math, re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -329,6 +329,8 @@ class SearchSpace(_Definition):
         return [c for name in self.names for c in _columns(self.configspace[name]) + [f'{name}:active']*(name in self.when)]
 
     def save(self, path: str|Path) -> None: _save(self, path)
+
+    def _repr_html_(self) -> str: return f'<h4>{html.escape(self.architecture)}</h4>{describe(self).to_html()}'
 
 # %% ../nbs/10_space.ipynb #10space031
 def config_id(

@@ -211,8 +211,8 @@ def cost_to_reach(
     budget: float = 20.0, # What the reference may spend
 ) -> pd.DataFrame: # One row a method, table and seed: share of the budget; inf where the goal was not reached
     "The share of the reference's budget after which a method is as good"
-    goal = frame[(frame['method'] == reference) & (frame['budget'] == budget)].groupby('table')['regret'].mean()
-    reached = frame[frame['regret'] <= frame['table'].map(goal)+1e-9]
+    goal = frame[(frame['method'] == reference) & (frame['budget'] == budget)].set_index(['table', 'seed'])['regret'].rename('goal')
+    reached = frame.join(goal, on=['table', 'seed']).query('regret <= goal+1e-9')
     first = reached.groupby(['method', 'table', 'seed'])['budget'].min()
     return (first/budget).reindex(pd.MultiIndex.from_frame(frame[['method', 'table', 'seed']].drop_duplicates())).fillna(np.inf).rename('share').reset_index()
 

@@ -41,7 +41,7 @@ class _Facts:
         values = super().format_dict
         number = f'{values["n"]}/{values["total"]}' if values['total'] else f'{values["n"]}'
         count = self.count or f'{number} {values["unit"]}'.rstrip()
-        return values | dict(count=count, facts=f', {self.facts}' if self.facts else '', title=f'{self.desc}, ' if self.desc else '')
+        return values | dict(count=count, facts=f'{self.facts} ' if self.facts else '', title=f'{self.desc}, ' if self.desc else '')
 
     def show(self,
         n: float, # How far it is, in the unit of `total`
@@ -94,7 +94,7 @@ class _Lines(_Facts, tqdm):
         share = f', {min(n/total, 1):.0%}' if total else ''
         times = [f'stopped after {passed}'] if self.has_stopped else [f'took {passed}'] if ended else [f'{passed} so far']
         if total and rate and not ended: times.append(f'about {_about((total-n)/rate)} left')
-        return '{title}{count}{share}{facts}, {times}\n'.format(share=share, times=', '.join(times), **values)
+        return ', '.join([f'{values["title"]}{values["count"]}{share}', *filter(None, [self.facts]), *times])+'\n'
 
     def display(self, msg: str|None = None, pos: int|None = None) -> bool:
         "Print a line if it is time for one, and more is to come"
@@ -115,7 +115,7 @@ class _Lines(_Facts, tqdm):
         super().close()
 
 # %% ../nbs/05_progress.ipynb #05progress00f
-_FORMAT = '{title}{count} {percentage:3.0f}%|{bar}|{facts} [{elapsed}<{remaining}]'
+_FORMAT = '{title}{count} {percentage:3.0f}%|{bar}| {facts}[{elapsed}<{remaining}]'
 
 def progress_bar(
     title: str = '', # What is done

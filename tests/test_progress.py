@@ -53,7 +53,7 @@ def test_a_terminal_has_one_live_line():
     text = in_terminal(['-c', LOOP.format(seconds=0.15)])
     assert text.count('\n') == 1 and text.endswith('\n')
     assert text.count('\r') > 10
-    assert re.search(r'level 0\.1, 20/20 probes 100%\|█+\|, best 50\.0% \[00:0\d<00:00\]', screen(text)[0])
+    assert re.search(r'level 0\.1, 20/20 probes 100%\|█+\| best 50\.0% \[00:0\d<00:00\]', screen(text)[0])
 
 
 def test_a_log_has_whole_lines_now_and_then():

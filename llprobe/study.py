@@ -311,7 +311,7 @@ def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: 
         study.store.add_predictions(study.name, rows.to_dict('records'))
     return trials
 
-# %% ../nbs/61_study.ipynb #61study01b
+# %% ../nbs/61_study.ipynb #61study01c
 @contextlib.contextmanager
 def _driving(dataset, out, space, settings: StudySettings, name, n_workers: int|None, wait: bool|float,
              progress: bool, trackers: Iterable[Any]) -> Iterator[tuple[Study, int]]:
@@ -348,7 +348,7 @@ def run_study(
         study.track('finish', result)
     return result
 
-# %% ../nbs/61_study.ipynb #61study01d
+# %% ../nbs/61_study.ipynb #61study01e
 def run_probes(
     dataset: str|Path|Dataset, # As for `run_study`, and so on
     out: str|Path,
@@ -371,7 +371,7 @@ def run_probes(
         study.track('finish', result)
         return result
 
-# %% ../nbs/61_study.ipynb #61study01f
+# %% ../nbs/61_study.ipynb #61study020
 def _n_tried(study: Study) -> int: return len({config for config, *_ in study.search.records})
 
 def _cost(study: Study) -> dict[str, Any]:
@@ -385,7 +385,7 @@ def _cost(study: Study) -> dict[str, Any]:
     return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(_n_tried(study))),
                 seconds=seconds | dict(total=sum(seconds.values())))
 
-# %% ../nbs/61_study.ipynb #61study020
+# %% ../nbs/61_study.ipynb #61study021
 def _predictions(study: Study) -> list[dict[str, Any]]: # Best first
     "What was seen of each config, and what was predicted"
     search, rows = study.search, []

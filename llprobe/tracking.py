@@ -139,7 +139,8 @@ class MLflowTracker:
 
     def finish(self, result: dict[str, Any]|None) -> None:
         "End the parent: KILLED if the study was stopped"
-        if result is not None: self._write(self.parent, _chosen(result), [(_outcome(result), 0)])
+        is_new = result is not None and not self.client.get_run(self.parent).data.metrics
+        if is_new: self._write(self.parent, _chosen(result), [(_outcome(result), 0)])
         self.client.set_terminated(self.parent, 'KILLED' if result is None else 'FINISHED')
 
 # %% ../nbs/67_tracking.ipynb #67tracking012

@@ -92,6 +92,7 @@ def test_mlflow_has_each_probe_once_with_its_numbers(tracked, records):
     assert parent.info.status == 'FINISHED'
     assert parent.data.metrics['test_accuracy'] == result['reached']['test_accuracy']
     assert parent.data.metrics['cost/fte/probe'] == result['cost']['fte']['probe']
+    assert len(client.get_metric_history(parent.info.run_id, 'test_accuracy')) == 1
     assert {r.data.tags['mlflow.parentRunId'] for r in children} == {parent.info.run_id}
     found = {(r.data.tags['config_id'], float(r.data.params['level']), r.data.tags['purpose']): r for r in children}
     assert found.keys() == records.keys() and len(children) == N_PROBES

@@ -42,6 +42,7 @@ def _add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument('--device', default='auto', help='cpu, cuda, or auto')
     p.add_argument('--population', help='auto, stack or alone: which probes train together; by default auto on a GPU and alone on a CPU')
     p.add_argument('--jobs', type=int, help='probes at once; by default one per core')
+    p.add_argument('--track', action='append', default=[], metavar='WHERE', help='log to mlflow:URI, such as mlflow:sqlite:///mlflow.db, or to tensorboard:FOLDER as well; may be given again')
     p.add_argument('--wait', action='store_true', help='wait while another process drives this study')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
 
@@ -52,7 +53,13 @@ def _add_readers(commands: argparse._SubParsersAction) -> None:
         p = commands.add_parser(command.__name__, help=text, description=text)
         p.add_argument('out', type=Path, help='folder of the study')
         p.set_defaults(command=command)
-        if command is export: p.add_argument('--optuna', required=True, metavar='URL', help='of the Optuna storage to write to, such as sqlite:///optuna.db')
+        if command is export: _add_export(p)
+
+def _add_export(p: argparse.ArgumentParser) -> None:
+    "The tools that `llprobe export` knows"
+    p.add_argument('--optuna', metavar='URL', help='of the Optuna storage to write to, such as sqlite:///optuna.db')
+    p.add_argument('--mlflow', metavar='URI', help='of the MLflow tracking store, such as sqlite:///mlflow.db or http://127.0.0.1:5000')
+    p.add_argument('--tensorboard', metavar='FOLDER', help='TensorBoard\'s logdir')
 
 # %% ../nbs/90_cli.ipynb #90cli006
 def parser() -> argparse.ArgumentParser:
@@ -87,11 +94,18 @@ def run(args: argparse.Namespace) -> None:
     from llprobe.study import run_study
     sys.path.insert(0, str(Path.cwd())) # a model of one's own may lie in this folder
     start = time.perf_counter()
-    result = run_study(args.dataset, args.out, _space(args), _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet)
+    trackers = _trackers(args.track)
+    result = run_study(args.dataset, args.out, _space(args), _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet, trackers=trackers)
     page = _write_report(args.out)
     _print_table(result, time.perf_counter()-start)
     for name, path in dict(report=page, figures=args.out/'figures', numbers=args.out/'result.json', weights=args.out/'best.safetensors').items():
         print(f'{name:<8} {path}')
+
+def _trackers(places: Sequence[str]) -> list:
+    "Opened before anything is trained; their module is imported only if there are any"
+    if not places: return []
+    from llprobe.tracking import open_tracker
+    return [open_tracker(place) for place in places]
 
 def _write_report(out: Path) -> Path:
     "The page, with the figures beside it"
@@ -155,6 +169,15 @@ def _print_frame(title: str, frame) -> None:
 
 # %% ../nbs/90_cli.ipynb #90cli00f
 def export(args: argparse.Namespace) -> None:
+    "Write a study to another tool's storage"
+    places = [f'{kind}:{place}' for kind in ('mlflow', 'tensorboard') if (place := getattr(args, kind))]
+    if not places and not args.optuna: raise InputError('export needs a place to write to: --optuna URL, --mlflow URI or --tensorboard FOLDER')
+    for tracker in _trackers(places):
+        from llprobe.tracking import log_study
+        for name, count in log_study(args.out, tracker).items(): print(f'{name}: {count} probes in {tracker}')
+    if args.optuna: _export_optuna(args)
+
+def _export_optuna(args: argparse.Namespace) -> None:
     "Write a study to an Optuna storage"
     from llprobe.adapters import to_optuna
     from llprobe.store import open_store

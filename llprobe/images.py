@@ -11,8 +11,8 @@ from typing import Any, Callable, Iterator, Sequence
 import joblib
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 from .core import InputError
+from .progress import progress_bar
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'list_images', 'hash_files', 'decode_images']
@@ -109,7 +109,7 @@ def _in_batches(function: Callable, files: Sequence[str], n_workers: int|None, t
     batches = [files[i:i+batch] for i in range(0, len(files), batch)]
     n_workers = 1 if len(files) < 2048 else min(n_workers or joblib.cpu_count(), len(batches))
     results = joblib.Parallel(n_workers, return_as='generator', idle_worker_timeout=10)(joblib.delayed(function)(b) for b in batches)
-    with tqdm(total=len(files), desc=title, unit=' images', disable=not title) as bar:
+    with progress_bar(title, len(files), 'images', show=bool(title)) as bar:
         for done, result in zip(batches, results):
             yield result
             bar.update(len(done))

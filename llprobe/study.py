@@ -4,13 +4,13 @@
 
 # %% ../nbs/61_study.ipynb #61study003
 from __future__ import annotations
-import contextlib, errno, functools, importlib.metadata, platform, sys, tempfile
+import contextlib, errno, functools, importlib.metadata, platform, sys, tempfile, warnings
+from collections import Counter
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 import numpy as np, torch
-from tqdm.auto import tqdm
 from .core import InputError, atomic_path, name_scores, plain, show_score, write_json
 from .custom_training import check_training
 from .data import Dataset, Split, cached_file, load_dataset
@@ -21,6 +21,7 @@ from .models import architecture_hyperparameters, architecture_name, build_model
 from .optimization import DEFAULTS, resolve_config
 from .population import METHODS, default_workers, probe_population
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
+from .progress import between_bars, progress_bar
 from .search import BudgetSearch, Search, Trial, check_levels
 from .space import SearchSpace, config_id, default_space
 from .store import Store, open_store
@@ -112,6 +113,7 @@ class Study:
     data_path: str            # The data set's cached file
     store: Store
     search: Search
+    trackers: list[Any] = field(default_factory=list) # Each a `tracking.Tracker`
 
     def task(self, trial: Trial) -> ProbeTask:
         "The probe a trial stands for"
@@ -122,6 +124,17 @@ class Study:
         self.store.add_configs(self.name, [record['config']]) # of a pool only those that were tried
         self.store.add_probe(self.name, record)
         self.search.tell(record)
+        self.track('log', record)
+
+    def track(self, step: str, *arguments: Any) -> None:
+        "Tell the trackers; one that fails is left out from then on, and the study goes on"
+        for tracker in list(self.trackers):
+            try: getattr(tracker, step)(*arguments)
+            except Exception as e:
+                if step == 'begin' and isinstance(e, InputError): raise # nothing is lost yet
+                self.trackers.remove(tracker)
+                reason = f'{type(e).__name__}: {e}'.splitlines()[0]
+                with between_bars(): warnings.warn(f'{tracker} failed ({reason}) and is left out from now on; log_study can add what it missed', stacklevel=2)
 
 # %% ../nbs/61_study.ipynb #61study00d
 def versions() -> dict[str, str]: # Version by package
@@ -214,6 +227,22 @@ def _writable_folder(out: str|Path) -> Path:
     return out.resolve()
 
 # %% ../nbs/61_study.ipynb #61study016
+def _fte(study: Study, records: Iterable[dict]) -> float:
+    "What records of the study cost, in full-training equivalents"
+    return full_training_equivalents(records, len(study.split.train), study.settings.probe.train.n_epochs)
+
+def _standing(study: Study) -> dict[str, Any]: # For the bar's `show`
+    "How far the probes are"
+    records, sizes, levels = [r for r in study.search.records.values() if r['purpose'] == 'probe'], study.search.rung_sizes(), study.settings.levels
+    spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), _overhead(study.split, study.settings)
+    left = sum((size-done[level])*(level+overhead) for level, size in zip(levels, sizes))
+    planned = spent+left if sizes else max(spent, study.settings.budget-1)
+    scores = [r['val_score'] for r in records if r['status'] == 'ok']
+    best = [f'best {show_score(max(scores), study.split.dataset.metric, 1)}'] if scores else []
+    return dict(n=spent, total=planned, facts=', '.join([*best, f'{spent:.3g} of {planned:.3g} FTE']),
+                count=f'probes {len(records)}'+(f'/{sum(sizes)}' if sizes else ''))
+
+# %% ../nbs/61_study.ipynb #61study017
 def finished_record(
     task: ProbeTask,
     result: Any, # Its record, or the exception that ended it
@@ -227,20 +256,18 @@ def _method(settings: StudySettings) -> str:
     "Which probes train together"
     return settings.population or ('alone' if resolve_device(settings.probe.train.device).type == 'cpu' else 'auto')
 
-def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: tqdm) -> None:
+def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: Any) -> None:
     "Probe until every trial of a rung is recorded"
     tasks = [study.task(t) for t in trials]
-    bar.set_description(f'level {", ".join(f"{level:g}" for level in sorted({t.level for t in trials}))}')
+    bar.set_description_str(f'level {", ".join(f"{level:g}" for level in sorted({t.level for t in trials}))}')
     for task, result in probe_population(tasks, workers, _method(study.settings)):
         study.take(finished_record(task, result))
-        bar.update()
-        best = max(r['val_score'] for r in study.search.records.values())
-        bar.set_postfix_str(f'best {show_score(best, study.split.dataset.metric, 1)}')
+        bar.show(**_standing(study))
     records = [r for r in study.search.records.values() if r['level'] == trials[0].level]
     if all(r['status'] == 'crashed' for r in records):
         raise InputError(f'all {len(records)} probes at level {trials[0].level:g} crashed, the first with {records[0]["error"]}: mend the model or the space')
 
-# %% ../nbs/61_study.ipynb #61study018
+# %% ../nbs/61_study.ipynb #61study019
 def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) -> int: # CPU threads of the full training
     "All cores if a batch is known to take `enough` multiply-adds, else one"
     dataset, s = study.split.dataset, study.settings.probe
@@ -251,49 +278,55 @@ def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) ->
 def _run_final(study: Study, trial: Trial, n_workers: int, executor: Executor|None, progress: bool) -> None:
     "Train the predicted best on all of the data and test it once"
     task, function, epochs = study.task(trial), run_probe, study.settings.probe.train.n_epochs
-    checkpoint = study.out/'full-training.safetensors'
-    with tqdm(total=epochs, desc='full training', unit='epoch', disable=not progress) as bar:
+    checkpoint, spent = study.out/'full-training.safetensors', _fte(study, study.search.records.values())
+    with progress_bar('full training', epochs, 'epochs', show=progress) as bar:
         if executor is None:
             threads = _threads(study, task.config, n_workers)
             train = replace(task.settings.train, n_threads=threads)
             task = replace(task, checkpoint=str(checkpoint), settings=replace(task.settings, train=train))
             def on_epoch(row: dict) -> None:
-                bar.update(row['epoch']-bar.n)
-                bar.set_postfix_str(f'validation {show_score(row["val_score"], study.split.dataset.metric, 1)}')
+                score = show_score(row['val_score'], study.split.dataset.metric, 1)
+                bar.show(row['epoch'], f'validation {score}, {spent+row["epoch"]/epochs:.3g} FTE')
             function = functools.partial(run_probe, on_epoch=on_epoch)
         [(_, result)] = Workers(1, executor).run(function, [task])
+        if executor is not None: bar.show(epochs) # nobody told
     record = finished_record(task, result)
     if weights := record.pop('weights', None):
         with atomic_path(study.out/'best.safetensors') as path: path.write_bytes(weights)
     study.take(record)
     checkpoint.unlink(missing_ok=True)
 
-# %% ../nbs/61_study.ipynb #61study019
+# %% ../nbs/61_study.ipynb #61study01a
 def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: bool) -> list[Trial]: # The full training that is due, if any
     "Tell the search what the store holds, and probe what it then asks for"
-    for record in study.store.probes(study.name): study.search.tell(record)
-    with Workers(n_workers, executor) as workers, _bar(study, progress) as bar:
+    for record in study.store.probes(study.name):
+        study.search.tell(record)
+        study.track('log', record)
+    before = _standing(study)
+    with Workers(n_workers, executor) as workers, progress_bar('', before['total'], initial=before['n'], show=progress) as bar:
+        bar.show(**before)
         while (trials := study.search.ask()) and trials[0].purpose == 'probe': _run_rung(study, trials, workers, bar)
     for stage, table in study.search.predictions.items():
         rows = table.reset_index()[['config_id', 'mean', 'std']].assign(level=1.0, stage=stage)
         study.store.add_predictions(study.name, rows.to_dict('records'))
     return trials
 
-def _bar(study: Study, progress: bool) -> tqdm:
-    "A bar over all probes, begun where the store ends"
-    done = sum(key[2] == 'probe' for key in study.search.records)
-    return tqdm(total=sum(study.search.rung_sizes()) or None, initial=done, unit='probe', disable=not progress)
-
-# %% ../nbs/61_study.ipynb #61study01a
+# %% ../nbs/61_study.ipynb #61study01c
 @contextlib.contextmanager
 def _driving(dataset, out, space, settings: StudySettings, name, n_workers: int|None, wait: bool|float,
-             progress: bool) -> Iterator[tuple[Study, int]]:
+             progress: bool, trackers: Iterable[Any]) -> Iterator[tuple[Study, int]]:
     "An opened study of which this process is the only driver, and the number of workers"
     if n_workers is not None and n_workers < 1: raise InputError(f'jobs must be at least 1, got {n_workers}')
     n_workers = n_workers or default_workers(settings.probe.train.device)
     for function in (settings.probe.architecture, settings.probe.training): _check_importable(function, n_workers)
     study = open_study(dataset, out, space, settings, name, progress)
-    with study.store as store, store.lock(study.name, wait): yield study, n_workers
+    with study.store as store, store.lock(study.name, wait):
+        study.trackers.extend(trackers)
+        study.track('begin', store, study.name)
+        try: yield study, n_workers
+        except BaseException:
+            study.track('finish', None)
+            raise
 
 def run_study(
     dataset: str|Path|Dataset, # A name, a folder of images, or a data set
@@ -305,15 +338,17 @@ def run_study(
     executor: Executor|None = None, # Where probes run instead of a pool of processes
     wait: bool|float = False, # Wait for another driver of the study, for ever or so many seconds?
     progress: bool = True, # Show progress bars?
+    trackers: Iterable[Any] = (), # Other places to log to, each a `tracking.Tracker`
 ) -> dict[str, Any]: # The content of result.json
     "Probe, predict, train the predicted best in full and test it; run again to resume"
-    with _driving(dataset, out, space, settings, name, n_workers, wait, progress) as (study, n):
+    with _driving(dataset, out, space, settings, name, n_workers, wait, progress, trackers) as (study, n):
         for trial in _probe_all(study, n, executor, progress): _run_final(study, trial, n, executor, progress)
         result = summarise(study)
         write_json(study.out/'result.json', result)
+        study.track('finish', result)
     return result
 
-# %% ../nbs/61_study.ipynb #61study01c
+# %% ../nbs/61_study.ipynb #61study01e
 def run_probes(
     dataset: str|Path|Dataset, # As for `run_study`, and so on
     out: str|Path,
@@ -324,31 +359,33 @@ def run_probes(
     executor: Executor|None = None,
     wait: bool|float = False,
     progress: bool = True,
+    trackers: Iterable[Any] = (),
 ) -> dict[str, Any]: # JSON-ready: the study's facts, and what each probe reached and cost
     "Probe without training anything in full; run again to resume"
-    with _driving(dataset, out, space, settings, name, n_workers, wait, progress) as (study, n):
+    with _driving(dataset, out, space, settings, name, n_workers, wait, progress, trackers) as (study, n):
         _probe_all(study, n, executor, progress)
         kept, metric = ('config_id', 'config', 'level', 'status', 'val_score', 'val_loss', 'seconds'), study.split.dataset.metric
-        size = len(study.split.train), study.settings.probe.train.n_epochs
         records = [r for r in study.search.records.values() if r['purpose'] == 'probe']
-        probes = [name_scores({k: r[k] for k in kept}, metric) | dict(fte=full_training_equivalents([r], *size)) for r in records]
-        return plain(_facts(study) | dict(probes=probes))
+        probes = [name_scores({k: r[k] for k in kept}, metric) | dict(fte=_fte(study, [r])) for r in records]
+        result = plain(_facts(study) | dict(probes=probes))
+        study.track('finish', result)
+        return result
 
-# %% ../nbs/61_study.ipynb #61study01e
+# %% ../nbs/61_study.ipynb #61study020
 def _n_tried(study: Study) -> int: return len({config for config, *_ in study.search.records})
 
 def _cost(study: Study) -> dict[str, Any]:
     "What the study cost, in full-training equivalents and in seconds of one worker"
-    records, n = list(study.search.records.values()), (len(study.split.train), study.settings.probe.train.n_epochs)
+    records = list(study.search.records.values())
     parts = {purpose: [r for r in records if r['purpose'] == purpose] for purpose in ('probe', 'final')}
-    fte = {purpose: full_training_equivalents(rows, *n) for purpose, rows in parts.items()}
+    fte = {purpose: _fte(study, rows) for purpose, rows in parts.items()}
     seconds = {purpose: sum(r['seconds'] for r in rows) for purpose, rows in parts.items()}
     seconds['metamodel'] = study.search.metamodel_seconds
     fte['metamodel'] = seconds['metamodel']*fte['probe']/max(seconds['probe'], 1e-9)
     return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(_n_tried(study))),
                 seconds=seconds | dict(total=sum(seconds.values())))
 
-# %% ../nbs/61_study.ipynb #61study01f
+# %% ../nbs/61_study.ipynb #61study021
 def _predictions(study: Study) -> list[dict[str, Any]]: # Best first
     "What was seen of each config, and what was predicted"
     search, rows = study.search, []

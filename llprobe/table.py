@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 from typing import Any, Sequence
 import numpy as np, pandas as pd
-from tqdm.auto import tqdm
 from .core import InputError, atomic_path, plain, write_json
 from .data import Dataset, cached_file
 from .execution import Workers
 from .population import default_workers, probe_population
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask
+from .progress import progress_bar
 from .replay import ReplayTable
 from .space import SearchSpace, config_id
 from .store import open_store
@@ -47,8 +47,10 @@ def probe_table(
         done = {(r['config_id'], r['level'], r['seed']) for r in store.probes('table')}
         tasks = _tasks(data_path, configs, levels, seeds, settings)
         todo = [t for t in tasks if (config_id(t.config), t.level, t.seed) not in done]
-        for task, result in tqdm(probe_population(todo, workers, 'alone'), total=len(tasks), initial=len(tasks)-len(todo), unit='probe', disable=not progress):
-            store.add_probe('table', finished_record(task, result))
+        with progress_bar('table', len(tasks), 'probes', len(tasks)-len(todo), progress) as bar:
+            for task, result in probe_population(todo, workers, 'alone'):
+                store.add_probe('table', finished_record(task, result))
+                bar.update()
     return path
 
 # %% ../nbs/63_table.ipynb #63table007

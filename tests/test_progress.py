@@ -1,0 +1,170 @@
+"Bars where they are seen: a real terminal, a redirected process, a notebook under papermill, a notebook in JupyterLab."
+import contextlib
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+LOOP = '''
+import time
+from llprobe.progress import progress_bar
+with progress_bar('level 0.1', 20, 'probes', interval=0.5) as bar:
+    for i in range(20):
+        time.sleep({seconds})
+        bar.show(i+1, f'best {{(i+1)/40:.1%}}')
+'''
+LINE = r'level 0\.1, \d+/20 probes, \d+%, best \d+\.\d%, \d+\.\d s so far, about \d s left'
+LAST = r'level 0\.1, 20/20 probes, 100%, best 50\.0%, took \d+\.\d s'
+STUDY = ['run', '--dataset', 'digits', '--levels', '0.1', '0.2', '--configs', '4', '--epochs', '2', '--jobs', '1']
+
+
+def in_terminal(command: list, interrupt: bytes = b'', environment: dict = os.environ) -> str:
+    "What a process writes to a terminal of its own; Ctrl-C once it wrote `interrupt`"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.execve(sys.executable, [sys.executable, *command], dict(environment, TERM='xterm', COLUMNS='100'))
+    seen = b''
+    while True:
+        try:
+            seen += os.read(terminal, 4096)
+        except OSError:  # the process has ended
+            break
+        if interrupt and interrupt in seen:
+            os.write(terminal, b'\x03')
+            interrupt = b''
+    os.waitpid(pid, 0)
+    os.close(terminal)
+    return seen.decode()
+
+
+def screen(text: str) -> list[str]:
+    "The lines that stay on a screen: a carriage return begins a line anew"
+    return [line.rstrip('\r').split('\r')[-1] for line in text.replace('\x1b[A', '').split('\n')]
+
+
+def test_a_terminal_has_one_live_line():
+    text = in_terminal(['-c', LOOP.format(seconds=0.15)])
+    assert text.count('\n') == 1 and text.endswith('\n')
+    assert text.count('\r') > 10
+    assert re.search(r'level 0\.1, 20/20 probes 100%\|█+\| best 50\.0% \[00:0\d<00:00\]', screen(text)[0])
+
+
+def test_a_log_has_whole_lines_now_and_then():
+    done = subprocess.run([sys.executable, '-c', LOOP.format(seconds=0.15)], capture_output=True, text=True, check=True)
+    *lines, last = done.stderr.splitlines()
+    assert done.stdout == '' and done.stderr.endswith('\n') and '\r' not in done.stderr
+    assert 3 <= len(lines) <= 6  # one every 0.5 s of 3 s
+    assert all(re.fullmatch(LINE, line) for line in lines) and re.fullmatch(LAST, last)
+
+
+def test_a_dumb_terminal_is_a_log():
+    text = in_terminal(['-c', f'import os; os.environ["TERM"] = "dumb"\n{LOOP.format(seconds=0.01)}'])
+    assert re.fullmatch(LAST, text.strip())
+
+
+def test_an_interrupted_bar_leaves_no_half_line():
+    text = in_terminal(['-c', LOOP.format(seconds=0.15)], b' 3/20')
+    bar = next(line for line in screen(text) if 'probes' in line)
+    assert 'Traceback' not in bar and not bar.startswith(' 3/20')
+    process = subprocess.Popen([sys.executable, '-c', LOOP.format(seconds=0.15)], stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    line = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    stopped = process.communicate()[1].splitlines()[0]
+    assert re.fullmatch(LINE+'\n', line)
+    assert re.fullmatch(r'level 0\.1, \d+/20 probes, \d+%, best .*, stopped after \d\.\d s', stopped)
+
+
+def executed(tmp_path: Path, source: str) -> list[dict]:
+    "The outputs of a notebook with one cell that papermill ran"
+    notebook = new_notebook(cells=[new_code_cell(source)], metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
+    nbformat.write(notebook, tmp_path/'in.ipynb')
+    papermill.execute_notebook(tmp_path/'in.ipynb', tmp_path/'out.ipynb', progress_bar=False)
+    written = nbformat.read(tmp_path/'out.ipynb', 4)
+    assert 'widgets' not in written.metadata
+    return written.cells[0].outputs
+
+
+def test_papermill_gets_whole_lines(tmp_path):
+    outputs = executed(tmp_path, 'import ipywidgets\n'+LOOP.format(seconds=0.15))
+    assert {(o.output_type, o.name) for o in outputs} == {('stream', 'stdout')}
+    *lines, last = ''.join(o.text for o in outputs).splitlines()
+    assert 3 <= len(lines) <= 6 and all(re.fullmatch(LINE, line) for line in lines) and re.fullmatch(LAST, last)
+
+
+def test_a_study_says_what_it_found_and_what_it_cost(tmp_path):
+    done = subprocess.run([sys.executable, '-m', 'llprobe.cli', *STUDY, '--out', tmp_path/'log'], capture_output=True, text=True, check=True)
+    probes, final = done.stderr.splitlines()
+    cost = float(re.fullmatch(r'level 0\.2, probes 6/6, 100%, best [\d.]+%, ([\d.]+) of \1 FTE, took .* s', probes)[1])
+    assert cost > 4*0.1+2*0.2
+    assert re.fullmatch(r'full training, 2/2 epochs, 100%, validation [\d.]+%, [\d.]+ FTE, took .* s', final)
+    text = in_terminal(['-m', 'llprobe.cli', *STUDY, '--out', str(tmp_path/'terminal')])
+    bars = [line for line in screen(text) if '%|' in line]
+    assert len(bars) == 2 and 'probes 6/6 100%|' in bars[0] and '2/2 epochs 100%|' in bars[1]
+
+
+CELL = LOOP.format(seconds=0.05)+'print("do"+"ne")'
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "The address of a JupyterLab that serves a notebook of one cell"
+    notebook = new_notebook(cells=[new_code_cell(CELL)], metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
+    nbformat.write(notebook, tmp_path/'bar.ipynb')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    folders = {f'JUPYTER_{name}_DIR': str(tmp_path/f'.{name}') for name in ('CONFIG', 'DATA', 'RUNTIME')}
+    options = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=', f'--ServerApp.root_dir={tmp_path}']
+    server = subprocess.Popen([sys.executable, '-m', 'jupyter', 'lab', *options], env=dict(os.environ, **folders), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    end = time.monotonic()+60
+    while time.monotonic() < end and server.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port)):
+            break
+        time.sleep(0.2)
+    yield f'http://127.0.0.1:{port}/lab/tree/bar.ipynb?reset'
+    server.terminate()
+    server.wait()
+
+
+def test_a_person_in_jupyterlab_sees_the_widget(lab):
+    webdriver = pytest.importorskip('selenium.webdriver')
+    browser, driver = shutil.which('chromium'), shutil.which('chromedriver')
+    if not browser or not driver:
+        pytest.skip('needs chromium and chromedriver')
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--no-proxy-server'):
+        options.add_argument(flag)
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    def until(function):
+        end = time.monotonic()+60
+        while not (found := function()) and time.monotonic() < end:
+            time.sleep(0.3)
+        return found
+    def texts(selector):
+        return [element.text for element in chrome.find_elements('css selector', selector)]
+    try:
+        chrome.get(lab)
+        assert until(lambda: '| Idle' in ' '.join(texts('body')))
+        chrome.find_element('css selector', '.jp-Notebook .cm-content').click()
+        webdriver.ActionChains(chrome).key_down('\ue008').send_keys('\ue007').key_up('\ue008').perform()  # Shift and Enter
+        assert until(lambda: 'done' in texts('.jp-OutputArea-output'))
+        [bar] = texts('.jp-OutputArea-output .widget-hbox')
+        assert len(chrome.find_elements('css selector', '.jp-OutputArea-output .progress-bar')) == 1
+        assert re.match(r'level 0\.1, 20/20 probes 100%\s+best 50\.0% \[00:0\d<00:00\]', bar.replace('\u2007', ' '))
+        assert len(texts('.jp-OutputArea-output')) == 2  # the widget, and what was printed
+    finally:
+        chrome.quit()

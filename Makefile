@@ -15,13 +15,15 @@ export OMP_NUM_THREADS ?= 1
 # uv does not read pip's variable for local wheels
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help demo test install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean tables replay-probes replay-lcdb
+.PHONY: help demo app test test-browser install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean tables replay-probes replay-lcdb
 .DELETE_ON_ERROR:
 
 help:              ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
 demo: install      ## the main job on the embedded digits: probe, predict, train the best in full
 	$(VENV)/bin/llprobe run --dataset digits --configs 32 --epochs 20 --out runs/demo
+app: install       ## the explorer as a web page on this machine: all studies below runs, or STUDY=folder
+	JUPYTER_PATH=nbs/apps/share LLPROBE_STUDIES='$(abspath $(or $(STUDY),runs))' $(PY) -m voila nbs/apps/explore.ipynb --Voila.ip=127.0.0.1 --template=offline
 test: install notebook-test package-test  ## everything that must pass
 
 # --- set-up: a virtual environment with the locked versions -----------------------------------------------------
@@ -39,6 +41,10 @@ notebook-test: install   ## nbdev_test: every cell of every module notebook
 	$(VENV)/bin/nbdev_test --n_workers 2
 package-test: install    ## pytest: packaging, crashes, numbers across modules
 	$(PY) -m pytest -q tests
+
+test-browser: install    ## the tests that drive a browser, which is installed first where apt-get is
+	command -v chromedriver >/dev/null || { apt-get update -q && apt-get install -y -q chromium chromium-driver; }
+	$(PY) -m pytest -q tests -m browser
 
 # --- before a commit --------------------------------------------------------------------------------------------
 prepare: install export clean-notebooks readme test  ## export, clean, README, tests

@@ -113,8 +113,8 @@ tables: $(TABLES:%=figures/%/table/card.json)   ## make the tables that are miss
 figures/%/table/card.json: | $(VENV)/.installed
 	@mkdir -p runs/table/$*
 	$(EXPERIMENT) nbs/experiments/table.ipynb runs/table/$*/table.ipynb $(TABLE_$*) -r out runs/table/$* -r copy figures/$*/table
-landscapes: $(DATASETS:%=figures/%/landscapes/result.json)   ## train the best, median and worst of the tables of DATASETS again and slice the loss around them (minutes)
-figures/%/landscapes/result.json: nbs/experiments/landscapes.ipynb figures/%/table/card.json | $(VENV)/.installed
+landscapes: figures/$(DATASET)/landscapes/result.json   ## train the best, median and worst of DATASET's table again and slice the loss around them (minutes)
+figures/%/landscapes/result.json: nbs/experiments/landscapes.ipynb | $(VENV)/.installed
 	@mkdir -p runs/landscapes/$*
 	$(EXPERIMENT) $< runs/landscapes/$*/landscapes.ipynb -r table figures/$*/table -r out runs/landscapes/$* -r copy $(@D)
 replay-probes: install dehb   ## replay searches on the tables, and the ablation of signals

@@ -62,7 +62,7 @@ def plot_level_predictions(
         axis.errorbar(rows['reached'], rows['predicted'], 2*rows['std'], fmt='none', lw=0.4, ecolor=COLOURS['blue'], alpha=0.25)
         axis.plot(rows['reached'], rows['predicted'], 'o', ms=1.8, mew=0, color=COLOURS['blue'])
         covered = ((rows['predicted']-rows['reached']).abs() <= 2*rows['std']+1e-6).mean()
-        axis.set_title(f'level {level:g}\nSpearman {_rank_correlation(rows, "predicted").mean():.2f}, coverage {covered:.0%}', fontsize=8)
+        axis.set_title(f'level {level:g}\nSpearman {_rank_correlation(rows, "predicted").mean():.2f}, coverage {covered:.0%}', fontsize=7.5)
         axis.set(xlim=(low-margin, high+margin), ylim=(low-margin, high+margin), xlabel=f'reached {METRICS[metric]}', aspect='equal')
     axes[0, 0].set_ylabel(f'predicted {METRICS[metric]}')
     return figure
@@ -112,23 +112,28 @@ def plot_level_choices(
     choices: pd.DataFrame, # From `level_choices`
     metric: str = 'accuracy', # A key of `core.METRICS`
 ) -> Figure:
-    "Rank correlation with the highest level, and regret of choosing, against the level; bars are one standard error over seeds"
+    "Rank correlation with the highest level, and regret of choosing, against the level; dots are seeds, bars one standard error over them"
     figure, axes = panels(1, 2, 3.2, 3.0)
     labels, several = dict(spearman='rank correlation with level 1', regret=f'{METRICS[metric]} lost by choosing here'), choices['seed'].nunique() > 1
     for axis, (column, label) in zip(axes.flat, labels.items()):
         for shift, (signal, rows) in zip((-0.004, 0.004), choices.groupby('signal')): # so that no bar hides another
             stats = rows.groupby('level')[column].agg(['mean', 'sem'])
             axis.errorbar(stats.index+shift, stats['mean'], stats['sem'] if several else None, ms=4, capsize=3, lw=1.2, **_SIGNALS[signal])
+            axis.plot(rows['level']+shift, rows[column], '.', ms=3, alpha=0.5, color=_SIGNALS[signal]['color'])
         axis.set(xlabel='level (fraction of the training data)', ylabel=label, xticks=sorted(choices['level'].unique()))
         _cost_axis(axis, choices[choices['signal'] == 'predicted'].groupby('level')['fte'].mean())
     axes[0, 1].set_ylim(bottom=0)
+    if choices['regret'].max() > 0.1: # one bad choice must not hide the good ones
+        axes[0, 1].set_yscale('symlog', linthresh=0.02)
+        axes[0, 1].set_yticks(ticks := [0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], [f'{t:g}' for t in ticks])
+        axes[0, 1].set_ylim(0, 1.05*choices['regret'].max())
     axes[0, 0].legend(fontsize=7, frameon=False)
     return figure
 
 # %% ../nbs/71_table_figures.ipynb #71tablefigur014
 def level_curves(
     folder: str|Path, # A table
-    n_configs: int = 24, # At most
+    n_configs: int = 20, # At most
 ) -> pd.DataFrame: # A row per level, config and epoch: val_score, the mean over seeds, and reached, that of the highest level
     "Curves of some of a table's configs, from the best to the worst"
     frames, card = read_table(folder)
@@ -285,7 +290,7 @@ def table_figures(
     card = read_table(folder)[1]
     seeds, metric, top = len(card['seeds']), card['metric'], card['levels'][-1]
     name, n, over = METRICS[metric], f'{card["n_configs"]} configs of {card["dataset"]}, {seeds} seed{"s"*(seeds > 1)}', ', mean over seeds'*(seeds > 1)
-    error = '; bars are one standard error over seeds'*(seeds > 1)
+    error = '; dots are seeds, bars one standard error over them'*(seeds > 1)
     predictions, costs = level_predictions(folder), probe_costs(folder)
     choices, curves, sharpness = level_choices(predictions, costs), level_curves(folder), sharpness_frame(folder)
     yield ('predictions-by-level', f'Validation {name} predicted for level {top:g} from probes up to a level, against what was reached; {n}, each drawn; bars are ± 2 deviations of the prediction.',

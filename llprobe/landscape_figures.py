@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from .core import InputError, show_score
+from .core import METRICS, InputError, show_score
 from .landscape import Landscape, load_landscape
 from .solutions import ROLES
 from .visualization import COLOURS, colour_bar, panels
@@ -57,7 +57,8 @@ def plot_lines(
             stats = line.groupby('position')['loss'].agg(['mean', 'min', 'max'])
             axis.plot(stats.index, stats['mean'], color=_COLOURS[role], lw=1.4 if sample == 'train' else 0.9, ls='-' if sample == 'train' else '--', label=role if sample == 'train' else None)
             if sample == 'train': axis.fill_between(stats.index, stats['min'], stats['max'], color=_COLOURS[role], alpha=0.15, lw=0)
-    axes[0, 0].set(yscale='log', xlabel='radius along random, filter-normalised directions', ylabel='loss')
+    end = lines.loc[random, 'position'].max()
+    axes[0, 0].set(yscale='log', xlabel='radius along random, filter-normalised directions', ylabel='loss', xticks=np.linspace(-end, end, 5))
     axes[0, 1].set(xlabel='from the initial (0) to the last weights (1)')
     axes[0, 1].legend(fontsize=7, frameon=False)
     return figure
@@ -72,21 +73,30 @@ def plane_frame(
         role, _, which = name.partition('-')
         if len(plane.dims) == 2: parts.append(plane.to_frame().assign(role=role, slice=which))
         if which == 'path': parts.append(pd.DataFrame(plane.facts['trajectory']).assign(role=role, slice='trajectory'))
-    return pd.concat(parts, ignore_index=True)[['role', 'slice', 'x', 'y', 'loss', 'distance']]
+    return pd.concat(parts, ignore_index=True)[['role', 'slice', 'x', 'y', 'loss', 'distance']].astype(dict.fromkeys(('x', 'y', 'loss', 'distance'), 'float32'))
 
-def _contours(axis: Axes, plane: Landscape, norm: LogNorm) -> None:
-    "Filled contours at equal steps of the norm, and lines at every third"
-    steps = np.geomspace(norm.vmin, norm.vmax, 25)
+def _contours(axis: Axes, plane: Landscape) -> None:
+    "Filled contours at equal ratios, lines at every third, a colour bar"
+    norm = _range(plane)
+    steps = np.geomspace(norm.vmin, norm.vmax, 19)
     grid = np.nan_to_num(plane.values['loss'].T, nan=norm.vmax, posinf=norm.vmax).clip(norm.vmin, norm.vmax)
     axis.contourf(plane.coords['x'], plane.coords['y'], grid, steps, norm=norm, cmap='viridis')
     axis.contour(plane.coords['x'], plane.coords['y'], grid, steps[::3], colors='white', linewidths=0.3, alpha=0.6)
     axis.grid(False)
+    colour_bar(axis.figure, ScalarMappable(norm, 'viridis'), axis, ticks=_ticks(norm), format='{x:g}')
 
-def _range(*planes: Landscape) -> LogNorm:
-    "A colour scale for some planes; a flat one spans a percent"
-    values = np.concatenate([p.values['loss'].ravel() for p in planes])
+def _range(plane: Landscape) -> LogNorm:
+    "A colour scale; that of a flat plane spans a percent"
+    values = plane.values['loss']
     low, high = (float(end(values[np.isfinite(values) & (values > 0)])) for end in (np.min, np.max))
     return LogNorm(low, max(high, 1.01*low))
+
+def _ticks(norm: LogNorm, n: int = 6) -> list[float]:
+    "At most `n` powers of ten, or round numbers where there are too few"
+    first, last = np.ceil(np.log10(norm.vmin)), np.floor(np.log10(norm.vmax))
+    if last-first >= 2: return (10.0**np.arange(first, last+1, max(1, np.ceil((last-first)/(n-1))))).tolist()
+    digits = 2 if norm.vmax > 1.5*norm.vmin else 4
+    return sorted({float(f'{t:.{digits}g}') for t in np.geomspace(norm.vmin, norm.vmax, n)[1:-1]})
 
 def _draw_path(axis: Axes, plane: Landscape) -> None:
     "The projected weights of every epoch, up to the cross"
@@ -101,19 +111,15 @@ def plot_planes(
     result: dict[str, Any], # Likewise
 ) -> Figure:
     "Training loss in the plane of each training's path, above, and in a random filter-normalised plane, below"
-    figure, axes = panels(2, len(ROLES), 2.5, 2.2)
-    shared = _range(*[slices[f'{role}-plane'] for role in ROLES])
+    figure, axes = panels(2, len(ROLES), 2.3, 2.1)
     for (upper, lower), role in zip(axes.T, ROLES):
         path, plane = slices[f'{role}-path'], slices[f'{role}-plane']
-        _contours(upper, path, own := _range(path))
+        _contours(upper, path)
         _draw_path(upper, path)
-        colour_bar(figure, ScalarMappable(own, 'viridis'), upper)
-        upper.set_title(f'{role}: {show_score(result["solutions"][role]["reached"], result["metric"], 1)}', fontsize=8)
-        _contours(lower, plane, shared)
+        upper.set_title(f'{role}: {METRICS[result["metric"]]} {show_score(result["solutions"][role]["reached"], result["metric"], 1)}', fontsize=8)
+        _contours(lower, plane)
         lower.plot(0, 0, 'x', color='white', ms=6, mew=2)
-        lower.set(xlabel='random direction 1', aspect='equal')
-    axes[1, 0].set_ylabel('random direction 2')
-    colour_bar(figure, ScalarMappable(shared, 'viridis'), axes[1, :], 'training loss')
+        lower.set(xlabel='random direction 1', ylabel='random direction 2', **{f'{d}ticks': np.linspace(c[0], c[-1], 5) for d, c in zip(('x', 'y'), plane.coords.values())})
     return figure
 
 # %% ../nbs/71a_landscape_figures.ipynb #71alandscape00f
@@ -122,15 +128,16 @@ def plot_surface(
 ) -> Figure:
     "The loss over a plane, in logarithmic height"
     figure = Figure((4.2, 3.4))
-    axis = figure.add_axes((-0.02, 0.0, 0.96, 1.05), projection='3d')
+    axis = figure.add_axes((-0.06, 0.03, 0.96, 1.03), projection='3d')
     x, y = np.meshgrid(plane.coords['x'], plane.coords['y'], indexing='ij')
     norm = _range(plane)
     height = np.log10(np.nan_to_num(plane.values['loss'], nan=norm.vmax, posinf=norm.vmax).clip(norm.vmin, norm.vmax))
     axis.plot_surface(x, y, height, cmap='viridis', rstride=1, cstride=1, lw=0.15, edgecolor='#444444')
     axis.contourf(x, y, height, 12, zdir='z', offset=height.min()-0.25*np.ptp(height), cmap='viridis', alpha=0.7)
     axis.set(xlabel='direction 1', ylabel='direction 2', zlabel='training loss', zlim=(height.min()-0.25*np.ptp(height), height.max()))
-    ticks = range(int(np.ceil(height.min())), int(np.floor(height.max()))+1)
-    if len(ticks) > 1: axis.set_zticks(ticks, [f'$10^{{{k}}}$' for k in ticks])
+    ticks = _ticks(norm)
+    axis.set_zticks(np.log10(ticks), [f'{t:.4g}' for t in ticks])
+    for each, coords in zip('xy', plane.coords.values()): getattr(axis, f'set_{each}ticks')(np.linspace(coords[0], coords[-1], 5))
     axis.tick_params(labelsize=6, pad=0)
     for each in (axis.xaxis, axis.yaxis, axis.zaxis): each.label.set_size(8)
     axis.view_init(32, -55)
@@ -147,6 +154,6 @@ def landscape_figures(
     yield ('landscape-lines', f'Loss along {result["n_lines"]} random filter-normalised directions (mean, and the range of the training loss) and from the initial to the last weights, on at most {n_samples} training (solid) and '
            f'validation samples (dashed); {about}.', plot_lines(lines), lines)
     yield ('landscape-planes', f'Training loss on at most {n_samples} samples: above in the plane of the path\'s two largest principal components (share of the path\'s variance), with the weights after every epoch; '
-           f'below in a plane of two random filter-normalised directions; {about}.', plot_planes(slices, result), planes)
+           f'below in a plane of two random filter-normalised directions; each panel has its own colours; {about}.', plot_planes(slices, result), planes)
     best = planes[(planes['role'] == 'best') & (planes['slice'] == 'plane')].drop(columns='distance')
     yield 'surface', f'Training loss over two random filter-normalised directions; {about.replace("best, median and worst", "best")}.', plot_surface(slices['best-plane']), best

@@ -42,7 +42,8 @@ def level_predictions(
         predicted = PowerLawModel(n, card['chance']).fit(seen).predict(seen)
         part = pd.DataFrame(dict(score=scores[level], predicted=predicted['mean'], std=predicted['std'], reached=scores[levels[-1]]))
         parts.append(part.rename_axis('config_id').reset_index().assign(level=level, seed=seed))
-    return pd.concat(parts, ignore_index=True)[['level', 'seed', 'config_id', 'score', 'predicted', 'std', 'reached']]
+    table = pd.concat(parts, ignore_index=True)[['level', 'seed', 'config_id', 'score', 'predicted', 'std', 'reached']]
+    return table.astype(dict.fromkeys(('score', 'predicted', 'std', 'reached'), 'float32'))
 
 # %% ../nbs/71_table_figures.ipynb #71tablefigur00a
 def _rank_correlation(rows: pd.DataFrame, column: str, target: str = 'reached') -> pd.Series: # By seed

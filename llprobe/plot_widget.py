@@ -35,7 +35,7 @@ const colour = (el, name, otherwise) => getComputedStyle(el).getPropertyValue(na
 const themed = (el, layout) => {
   const text = colour(el, '--jp-content-font-color1', '#222'), grid = colour(el, '--jp-border-color2', '#ddd')
   const axes = Object.fromEntries(Object.entries(layout).filter(([key]) => /^[xy]axis/.test(key)).map(([key, axis]) => [key, {gridcolor: grid, zerolinecolor: grid, ...axis}]))
-  return {...layout, ...axes, autosize: true, modebar: {bgcolor: 'rgba(0,0,0,0)', color: grid, activecolor: text}, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', font: {...layout.font, color: text}}
+  return {...layout, ...axes, autosize: true, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', font: {...layout.font, color: text}}
 }
 const ranges = div => div.data[0].dimensions.map(d => d.constraintrange ?? null)
 export default { async render({ model, el }) {
@@ -47,7 +47,7 @@ export default { async render({ model, el }) {
     const figure = model.get('figure')
     div.style.height = `${figure.layout.height ?? 320}px`
     div.setAttribute('aria-label', model.get('label'))
-    await Plotly.react(div, figure.data, themed(el, figure.layout), {responsive: true, displaylogo: false, displayModeBar: 'hover', modeBarButtonsToRemove: ['lasso2d', 'select2d']})
+    await Plotly.react(div, figure.data, themed(el, figure.layout), {responsive: true, displayModeBar: false})
     div.dataset.drawn = model.get('version')
   }
   await draw()

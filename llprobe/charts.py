@@ -28,7 +28,7 @@ def _lines(lines: dict[str, tuple[Sequence[float], Sequence[float]]], **style: A
         x += [*plain_numbers(xs), None]; y += [*plain_numbers(ys), None]; names += [config[:8]]*(len(xs)+1)
     return go.Scatter(x=x, y=y, customdata=names, mode='lines+markers', **style)
 
-def _highlighted(lines: dict[str, tuple], highlight: Sequence[str], hover: str, quiet: str = 'other configs') -> list[go.Scatter]:
+def _highlighted(lines: dict[str, tuple], highlight: Sequence[str], hover: str, quiet: str = 'others') -> list[go.Scatter]:
     "Quiet lines, and loud ones on top"
     others = {c: line for c, line in lines.items() if c not in highlight}
     style = dict(hovertemplate=f'%{{customdata}}<br>{hover}<extra></extra>', marker_size=4)
@@ -69,7 +69,7 @@ def levels_chart(
     study: StudyReader,
     highlight: Sequence[str]|None = None, # As in `curves_chart`
 ) -> go.Figure:
-    "Validation score against the level; for highlighted configs what is predicted at level 1, ± 2 deviations, and what was reached"
+    "Validation score against the level; for highlighted configs what is predicted ± 2σ, and what was reached"
     if not study.probes: return message_chart('nothing was probed yet')
     highlight, ranking, unit = _highlight(study, highlight), study.ranking(), METRICS[study.metric]
     rows = {c: [r for r in study.probes if r['config_id'] == c] for c in {r['config_id']: None for r in study.probes}}
@@ -77,7 +77,7 @@ def levels_chart(
     traces = _highlighted(lines, highlight, f'level %{{x}}<br>{unit} %{{y}}')
     for config, colour in zip([c for c in highlight if c in ranking.index], itertools.cycle(CYCLE)):
         mean, std = ranking.loc[config, ['mean', 'std']]
-        traces.append(go.Scatter(x=[0.95], y=plain_numbers([mean]), error_y=dict(array=plain_numbers([2*std]), thickness=1.5), mode='markers', name='predicted, ± 2 deviations',
+        traces.append(go.Scatter(x=[0.95], y=plain_numbers([mean]), error_y=dict(array=plain_numbers([2*std]), thickness=1.5), mode='markers', name='predicted ± 2σ',
                                  marker=dict(symbol='diamond', size=9, color=colour), hovertemplate=f'{config[:8]}<br>predicted %{{y}}<extra></extra>'))
     if study.final: traces.append(_reached(study, [1.05], plain_numbers([study.final['val_score']])))
     ticks = sorted({*study.levels, *(r['level'] for r in study.probes), 1.0})
@@ -100,9 +100,9 @@ def ranking_chart(
     if not len(table): return message_chart('nothing was probed yet')
     names = [f'{c[:8]} @ {l:g}' for c, l in zip(table.index, table['level'])]
     text = [_hover(study, c) for c in table.index]
-    seen = go.Scatter(x=plain_numbers(table['val_score']), y=names, customdata=text, mode='markers', name='seen at its highest level', marker=dict(size=7, color=INK),
+    seen = go.Scatter(x=plain_numbers(table['val_score']), y=names, customdata=text, mode='markers', name='seen', marker=dict(size=7, color=INK),
                       hovertemplate='%{customdata}<br>seen %{x}<extra></extra>')
-    predicted = go.Scatter(x=plain_numbers(table['mean']), y=names, customdata=text, mode='markers', name='predicted at level 1, ± 2 deviations', marker=dict(symbol='diamond', size=7, color=COLOURS['orange']),
+    predicted = go.Scatter(x=plain_numbers(table['mean']), y=names, customdata=text, mode='markers', name='predicted ± 2σ', marker=dict(symbol='diamond', size=7, color=COLOURS['orange']),
                            error_x=dict(array=plain_numbers(2*table['std']), thickness=1.2, width=3), hovertemplate='%{customdata}<br>predicted %{x}<extra></extra>')
     traces = [seen, predicted]
     if study.final and study.final['config_id'] in table.index:
@@ -121,7 +121,7 @@ def timeline_chart(
     for (level, rows), colour, symbol in zip(table.groupby('level'), itertools.cycle(CYCLE), itertools.cycle(('circle', 'square', 'diamond', 'cross', 'triangle-up', 'x'))):
         common = dict(x=plain_numbers(rows['spent']), legendgroup=f'{level:g}')
         traces.append(go.Scatter(y=plain_numbers(rows['best']), mode='lines', line=dict(shape='hv', width=1.5, color=colour), showlegend=False, hoverinfo='skip', **common))
-        traces.append(go.Scatter(y=plain_numbers(rows['val_score']), mode='markers', name=f'level {level:g}', marker=dict(size=8, color=colour, symbol=symbol), customdata=[_hover(study, c) for c in rows['config_id']],
+        traces.append(go.Scatter(y=plain_numbers(rows['val_score']), mode='markers', name=f'level {level:g}' if level < 1 else 'full training', marker=dict(size=8, color=colour, symbol=symbol), customdata=[_hover(study, c) for c in rows['config_id']],
                                  hovertemplate=f'%{{customdata}}<br>level {level:g}, score %{{y}}<br>after %{{x}} FTE<extra></extra>', **common))
     return chart_figure(traces, chart_axis('cost so far (full-training equivalents)', rangemode='tozero'), score_axis(study.metric, table['val_score']))
 
@@ -138,11 +138,11 @@ def cost_chart(
     study: StudyReader,
 ) -> go.Figure:
     "Cost in full-training equivalents by part, beside that of training every tried config in full"
-    names, n_tried = ['all configs in full', 'this study'], len({r['config_id'] for r in study.records})
+    names, n_tried = ['all in full', 'this study'], len({r['config_id'] for r in study.records})
     traces = [go.Bar(x=plain_numbers([fte]), y=names[1:], orientation='h', name=part, marker_color=colour, hovertemplate=f'{part}: %{{x}} FTE<extra></extra>')
               for (part, fte), colour in zip(cost_parts(study).items(), itertools.cycle(CYCLE))]
     traces.append(go.Bar(x=[n_tried], y=names[:1], orientation='h', marker_color=QUIET, showlegend=False, hovertemplate=f'{n_tried} configs trained in full<extra></extra>'))
-    return chart_figure(traces, chart_axis('full-training equivalents', rangemode='tozero'), chart_axis(type='category'), barmode='stack', height=240, bargap=0.35)
+    return chart_figure(traces, chart_axis('full-training equivalents', rangemode='tozero'), chart_axis(type='category'), barmode='stack', height=240, bargap=0.4, legend_traceorder='normal')
 
 # %% ../nbs/76_charts.ipynb #76charts014
 def _profile(record: dict[str, Any], sample: str) -> tuple[list[float], list[float]]:
@@ -264,7 +264,7 @@ def compare_chart(
     def dots(name: str, x: list, symbol: str, colour: str, **more: Any) -> go.Scatter:
         return go.Scatter(x=plain_numbers(x), y=labels, mode='markers', name=name, marker=dict(symbol=symbol, size=10, color=COLOURS[colour]), hovertemplate=f'%{{y}}<br>{name} %{{x}}<extra></extra>', **more)
     error = dict(array=plain_numbers(2*s if s is not None else None for s in stds), thickness=1.5)
-    traces = [dots('predicted, ± 2 deviations', means, 'diamond', 'orange', error_x=error), dots('reached', reached['val'], 'star', 'green'), dots('tested', reached['test'], 'circle-open', 'blue')]
+    traces = [dots('predicted ± 2σ', means, 'diamond', 'orange', error_x=error), dots('reached', reached['val'], 'star', 'green'), dots('tested', reached['test'], 'circle-open', 'blue')]
     return chart_figure(traces, score_axis(metric, [*means, *reached['val']], METRICS[metric]), chart_axis(type='category', autorange='reversed'), height=150+32*len(labels))
 
 def compare_costs_chart(
@@ -276,4 +276,4 @@ def compare_costs_chart(
     groups = dict(probes=[sum(v for k, v in p.items() if k.startswith('probes')) for p in parts], **{k: [p.get(k, 0.0) for p in parts] for k in ('meta-model', 'full training')})
     traces = [go.Bar(x=plain_numbers(v/n for v, n in zip(values, sizes)), y=labels, customdata=plain_numbers(values), orientation='h', name=name, marker_color=colour, hovertemplate=f'%{{y}}<br>{name}: %{{customdata}} FTE, %{{x}}<extra></extra>')
               for (name, values), colour in zip(groups.items(), CYCLE)]
-    return chart_figure(traces, chart_axis('share of training all tried configs in full', tickformat='.0%', rangemode='tozero'), chart_axis(type='category', autorange='reversed'), barmode='stack', height=150+32*len(labels))
+    return chart_figure(traces, chart_axis('share of training all tried configs in full', tickformat='.0%', rangemode='tozero'), chart_axis(type='category', autorange='reversed'), barmode='stack', bargap=0.4, legend_traceorder='normal', height=150+32*len(labels))

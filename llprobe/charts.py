@@ -16,9 +16,9 @@ from .reader import StudyReader, read_result
 from .visualization import COLOURS
 
 # %% auto #0
-__all__ = ['curves_chart', 'levels_chart', 'ranking_chart', 'timeline_chart', 'cost_parts', 'cost_chart', 'responses_chart',
-           'importance_chart', 'interactions_chart', 'parallel_chart', 'study_labels', 'compare_chart',
-           'compare_costs_chart']
+__all__ = ['curves_chart', 'config_curves_chart', 'levels_chart', 'ranking_chart', 'timeline_chart', 'cost_parts', 'cost_chart',
+           'responses_chart', 'importance_chart', 'interactions_chart', 'parallel_chart', 'study_labels',
+           'compare_chart', 'compare_costs_chart']
 
 # %% ../nbs/76_charts.ipynb #76charts005
 def _lines(lines: dict[str, tuple[Sequence[float], Sequence[float]]], **style: Any) -> go.Scatter:
@@ -65,6 +65,21 @@ def curves_chart(
     return chart_figure(traces, chart_axis('epoch'), score_axis(study.metric, [y for _, ys in lines.values() for y in ys]))
 
 # %% ../nbs/76_charts.ipynb #76charts00a
+def config_curves_chart(
+    study: StudyReader,
+    config: str, # Its config_id
+) -> go.Figure:
+    "Validation score of one config against the epoch, one line a level"
+    records = [r for r in study.records if r['config_id'] == config and r['curve']]
+    if not records: return message_chart('no curve was recorded')
+    traces = []
+    for r, colour in zip(records, itertools.cycle(CYCLE)):
+        name = 'full training' if r['purpose'] == 'final' else f'level {r["level"]:g}'
+        x, y = ([row[k] for row in r['curve']] for k in ('epoch', 'val_score'))
+        traces.append(go.Scatter(x=x, y=plain_numbers(y), mode='lines+markers', name=name, marker_size=5, line=dict(color=colour, width=2), hovertemplate=f'{name}<br>epoch %{{x}}, score %{{y}}<extra></extra>'))
+    return chart_figure(traces, chart_axis('epoch'), score_axis(study.metric, [row['val_score'] for r in records for row in r['curve']]), showlegend=True)
+
+# %% ../nbs/76_charts.ipynb #76charts00c
 def levels_chart(
     study: StudyReader,
     highlight: Sequence[str]|None = None, # As in `curves_chart`
@@ -89,7 +104,7 @@ def _reached(study: StudyReader, x: list, y: list) -> go.Scatter:
     text = f'{study.final["config_id"][:8]}<br>reached {show_score(study.final["val_score"], study.metric)}<extra></extra>'
     return go.Scatter(x=x, y=y, mode='markers', name='reached', marker=dict(symbol='star', size=13, color=COLOURS['green']), hovertemplate=text)
 
-# %% ../nbs/76_charts.ipynb #76charts00d
+# %% ../nbs/76_charts.ipynb #76charts00f
 def ranking_chart(
     study: StudyReader,
     level: float = 1.0, # Predict from probes up to this level
@@ -111,7 +126,7 @@ def ranking_chart(
     if study.metric == 'accuracy': axis['range'] = [-0.02, 1.04]
     return chart_figure(traces, axis, chart_axis(type='category', tickfont=dict(family='monospace', size=11)), height=110+17*len(table))
 
-# %% ../nbs/76_charts.ipynb #76charts010
+# %% ../nbs/76_charts.ipynb #76charts012
 def timeline_chart(
     study: StudyReader,
 ) -> go.Figure:
@@ -125,7 +140,7 @@ def timeline_chart(
                                  hovertemplate=f'%{{customdata}}<br>level {level:g}, score %{{y}}<br>after %{{x}} FTE<extra></extra>', **common))
     return chart_figure(traces, chart_axis('cost so far (full-training equivalents)', rangemode='tozero'), score_axis(study.metric, table['val_score']))
 
-# %% ../nbs/76_charts.ipynb #76charts011
+# %% ../nbs/76_charts.ipynb #76charts013
 def cost_parts(
     study: StudyReader,
 ) -> dict[str, float]: # By part, in full-training equivalents
@@ -144,7 +159,7 @@ def cost_chart(
     traces.append(go.Bar(x=[n_tried], y=names[:1], orientation='h', marker_color=QUIET, showlegend=False, hovertemplate=f'{n_tried} configs trained in full<extra></extra>'))
     return chart_figure(traces, chart_axis('full-training equivalents', rangemode='tozero'), chart_axis(type='category'), barmode='stack', height=240, bargap=0.4, legend_traceorder='normal')
 
-# %% ../nbs/76_charts.ipynb #76charts014
+# %% ../nbs/76_charts.ipynb #76charts016
 def _profile(record: dict[str, Any], sample: str) -> tuple[list[float], list[float]]:
     "Mean rise of the loss under Gaussian noise, by radius"
     rows = [r for r in record['responses'] if r['kind'] == 'gaussian' and r['sample'] == sample]
@@ -181,7 +196,7 @@ def responses_chart(
                              marker=dict(color=[0], colorscale=SCORES, cmin=min(scores.values()), cmax=max(scores.values()), showscale=True, colorbar=bar)))
     return chart_figure(traces, chart_axis('radius, relative to each filter\'s norm'), chart_axis(f'rise of the {"validation" if sample == "val" else "training"} loss'))
 
-# %% ../nbs/76_charts.ipynb #76charts017
+# %% ../nbs/76_charts.ipynb #76charts019
 def importance_chart(
     study: StudyReader,
 ) -> go.Figure: # Of a message where there are too few probes
@@ -211,7 +226,7 @@ def interactions_chart(
                        hoverongaps=False, colorbar=bar, hovertemplate='%{y} with %{x}: %{z:.1%}<extra></extra>')
     return chart_figure([trace], chart_axis(type='category', showgrid=False), chart_axis(type='category', showgrid=False, autorange='reversed'), meta=_reliability(table.attrs))
 
-# %% ../nbs/76_charts.ipynb #76charts01a
+# %% ../nbs/76_charts.ipynb #76charts01c
 def _dimension(study: StudyReader, name: str, values: list[Any]) -> dict[str, Any]:
     "One axis of parallel coordinates"
     hp, found = study.space.configspace[name], [v for v in values if v is not None]
@@ -243,7 +258,7 @@ def parallel_chart(
     trace = go.Parcoords(dimensions=[*dimensions, score], line=dict(color=scores, colorscale=SCORES), labelangle=-25, labelside='top', unselected=dict(line=dict(opacity=0.08)))
     return chart_figure([trace], {}, {}, margin=dict(l=60, r=40, t=76, b=20), height=360)
 
-# %% ../nbs/76_charts.ipynb #76charts01d
+# %% ../nbs/76_charts.ipynb #76charts01f
 def study_labels(
     studies: Sequence[StudyReader],
 ) -> list[str]: # All different

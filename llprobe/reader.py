@@ -87,7 +87,7 @@ def refresh(self: StudyReader) -> bool: # Whether anything is new
         if seen == self._seen: return False
         self.configs = {config_id(c): c for c in store.configs(self.name)}
         self.records, self.frame = store.probes(self.name), store.probe_frame(self.name)
-    self._seen, self.timeline = seen, self._timeline()
+    self._seen, self._rankings, self.timeline = seen, {}, self._timeline()
     return True
 
 @patch(as_prop=True)
@@ -120,6 +120,12 @@ def ranking(self: StudyReader,
     level: float = 1.0, # Use probes up to this level
 ) -> pd.DataFrame: # By config_id, best first: mean, std (score at level 1), level (the highest probed), exponent, val_score, status
     "What each config would reach in full, as the meta-model sees it now"
+    if level not in self._rankings: self._rankings[level] = self._rank(level)
+    return self._rankings[level].copy()
+
+@patch
+def _rank(self: StudyReader, level: float) -> pd.DataFrame:
+    "`ranking`, which many charts of a page ask for, without its memory"
     probes = [r for r in self.probes if r['level'] <= level]
     if not probes: return pd.DataFrame(columns=['mean', 'std', 'level', 'exponent', 'val_score', 'status'], index=pd.Index([], name='config_id'))
     frame = feature_frame(probes, self.space, self.study['data_features'])

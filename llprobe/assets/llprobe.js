@@ -22,7 +22,7 @@ const draw = element => {
   if (element.dataset.drawn || !window.Plotly) return
   element.dataset.drawn = 'yes'
   const figure = JSON.parse(element.nextElementSibling.textContent)
-  Plotly.newPlot(element, figure.data, spread(figure.layout, ink(element)), { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: '', modeBarButtonsToRemove: ['lasso2d', 'select2d', 'sendChartToCloud'] })
+  Plotly.newPlot(element, figure.data, spread(figure.layout, ink(element)), { responsive: true, displaylogo: false, displayModeBar: matchMedia('(hover: hover)').matches ? 'hover' : false, showSendToCloud: false, plotlyServerURL: '', modeBarButtonsToRemove: ['lasso2d', 'select2d', 'sendChartToCloud'] })
 }
 const plots = () => [...document.querySelectorAll('.plot')]
 const redraw = () => plots().filter(p => p.dataset.drawn).forEach(p => Plotly.relayout(p, ink(p)))
@@ -81,7 +81,7 @@ const watchTable = table => {
 // --- a served page follows its study: it reloads itself and stays where it was
 const place = `llprobe-place-${location.pathname}`
 const keepPlace = () => {
-  const state = { y: scrollY, theme: root.dataset.theme, tables: {} }
+  const state = { y: scrollY, tables: {} }
   for (const table of tables()) {
     const column = [...table.tHead.rows[0].cells].findIndex(h => h.getAttribute('aria-sort') !== 'none')
     state.tables[table.id] = { column, direction: column < 0 ? null : table.tHead.rows[0].cells[column].getAttribute('aria-sort'), filter: field(table).value }

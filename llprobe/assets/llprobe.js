@@ -46,13 +46,13 @@ const cellValue = (row, column) => {
   const cell = row.cells[column], value = cell.dataset.value
   return value === undefined ? cell.textContent.trim() : value === '' ? null : Number(value)
 }
-const compare = (a, b) => typeof a === 'number' && typeof b === 'number' ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true })
+const compare = (a, b, numeric) => typeof a === 'number' && typeof b === 'number' ? a - b : String(a).localeCompare(String(b), undefined, { numeric })
 const sortTable = (table, column, direction) => {
   const headings = [...table.tHead.rows[0].cells], body = table.tBodies[0]
   headings.forEach((h, i) => h.setAttribute('aria-sort', i === column ? direction : 'none'))
-  const sign = direction === 'ascending' ? 1 : -1
+  const sign = direction === 'ascending' ? 1 : -1, numeric = !headings[column].classList.contains('id')
   const rows = [...body.rows].map(row => [cellValue(row, column), row])
-  rows.sort(([a], [b]) => a === null || b === null ? (a === null) - (b === null) : sign * compare(a, b)) // what is missing comes last
+  rows.sort(([a], [b]) => a === null || b === null ? (a === null) - (b === null) : sign * compare(a, b, numeric)) // what is missing comes last
   body.append(...rows.map(([, row]) => row))
 }
 const filterTable = (table, text) => {

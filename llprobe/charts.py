@@ -191,10 +191,14 @@ def responses_chart(
         traces.append(_lines({c: lines[c] for c in group if c not in loud}, line=dict(width=1.2, color=colour), marker_size=4, showlegend=False, hovertemplate=hover))
     for config, colour in zip(loud, itertools.cycle(CYCLE[2:])):
         traces.append(_lines({config: lines[config]}, line=dict(width=3, color=colour), marker_size=7, name=config[:8], hovertemplate=hover, showlegend=True))
+    ends, tops = list(scores.values()), [max(map(abs, lines[c][1])) for c in scores]
     bar = dict(title=dict(text=METRICS[study.metric], side='right'), thickness=10, outlinewidth=0, **(dict(tickformat='.0%') if study.metric == 'accuracy' else {}))
-    traces.append(go.Scatter(x=[None], y=[None], mode='markers', showlegend=False, hoverinfo='skip',
-                             marker=dict(color=[0], colorscale=SCORES, cmin=min(scores.values()), cmax=max(scores.values()), showscale=True, colorbar=bar)))
-    return chart_figure(traces, chart_axis('radius, relative to each filter\'s norm'), chart_axis(f'rise of the {"validation" if sample == "val" else "training"} loss'))
+    if min(ends) < max(ends): traces.append(go.Scatter(x=[None], y=[None], mode='markers', showlegend=False, hoverinfo='skip',
+                                                       marker=dict(color=[0], colorscale=SCORES, cmin=min(ends), cmax=max(ends), showscale=True, colorbar=bar)))
+    kept = [v for c, top in zip(scores, tops) if c in loud or top <= 20*float(np.median(tops)) for v in lines[c][1] if math.isfinite(v)] # a loss that explodes would flatten all others
+    margin = 0.05*max(max(kept)-min(kept), 1e-6)
+    axis = chart_axis(f'rise of the {"validation" if sample == "val" else "training"} loss', range=plain_numbers([min(kept)-margin, max(kept)+margin]))
+    return chart_figure(traces, chart_axis('radius, relative to each filter\'s norm'), axis)
 
 # %% ../nbs/76_charts.ipynb #76charts019
 def importance_chart(
@@ -251,7 +255,7 @@ def parallel_chart(
     "Hyper-parameters and score of each config, side by side; drag along an axis to choose"
     level, records = _at(study, level)
     records = [r for r in records if r['val_score'] is not None and math.isfinite(r['val_score'])]
-    if not records: return message_chart('nothing was probed yet')
+    if len(records) < 2: return message_chart(f'{len(records)} configs with a score are too few to compare')
     dimensions = [_dimension(study, n, [r['config'].get(n) for r in records]) for n in study.space.names if len({r['config'].get(n) for r in records}) > 1]
     scores = plain_numbers(max(r['val_score'], -0.5) for r in records)
     score = dict(label=f'{METRICS[study.metric]} at {level:g}', values=scores, **(dict(tickformat='.0%') if study.metric == 'accuracy' else {}))
@@ -291,4 +295,4 @@ def compare_costs_chart(
     groups = dict(probes=[sum(v for k, v in p.items() if k.startswith('probes')) for p in parts], **{k: [p.get(k, 0.0) for p in parts] for k in ('meta-model', 'full training')})
     traces = [go.Bar(x=plain_numbers(v/n for v, n in zip(values, sizes)), y=labels, customdata=plain_numbers(values), orientation='h', name=name, marker_color=colour, hovertemplate=f'%{{y}}<br>{name}: %{{customdata}} FTE, %{{x}}<extra></extra>')
               for (name, values), colour in zip(groups.items(), CYCLE)]
-    return chart_figure(traces, chart_axis('share of training all tried configs in full', tickformat='.0%', rangemode='tozero'), chart_axis(type='category', autorange='reversed'), barmode='stack', bargap=0.4, legend_traceorder='normal', height=150+32*len(labels))
+    return chart_figure(traces, chart_axis('cost, as a share of all in full', tickformat='.0%', rangemode='tozero'), chart_axis(type='category', autorange='reversed'), barmode='stack', bargap=0.4, legend_traceorder='normal', height=150+32*len(labels))

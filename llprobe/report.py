@@ -4,7 +4,7 @@
 
 # %% ../nbs/80_report.ipynb #80report003
 from __future__ import annotations
-import contextlib, functools, importlib.metadata, itertools, math, re, time
+import contextlib, importlib.metadata, itertools, math, re, time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple, Sequence
@@ -37,7 +37,9 @@ def _value(value: Any) -> _Cell:
     if isinstance(value, (int, float)) and not isinstance(value, bool): return _number(value)
     return _Cell('–' if value is None else str(value))
 
-def _score(study: StudyReader) -> Any: return functools.partial(show_score, metric=study.metric)
+def _score(study: StudyReader) -> Any: # A function of a score
+    "How to show a study's scores; R² far below naming the mean is not worth its digits"
+    return lambda score: show_score(score, study.metric) if abs(score) < 100 else f'{score:.3g}'
 
 def _table(name: str, caption: str, columns: Sequence[str], rows: Iterable[Sequence[_Cell]], best: int|None = None) -> dict[str, Any]:
     "What the macro `table` shows"
@@ -76,6 +78,12 @@ def _study_cards(study: StudyReader) -> list[tuple[str, str]]:
             ('cost, of all in full', _cost_text(study)), ('state', 'finished' if final else 'not finished')]
 
 # %% ../nbs/80_report.ipynb #80report00a
+def _headline(study: StudyReader) -> str:
+    "What was studied"
+    n = len(study.configs)
+    return (f'{n} config{"s"*(n != 1)} of {study.space.architecture} on {study.study["dataset"]}, {len(study.probes)} probe{"s"*(len(study.probes) != 1)} at levels '
+            f'{", ".join(f"{level:g}" for level in study.levels)}, {study.n_epochs} epochs each.')
+
 def _methods(study: StudyReader) -> str:
     "How a study searched"
     s = study.study['settings']
@@ -126,7 +134,7 @@ def _study_page(study: StudyReader) -> dict[str, Any]:
     charts = {name: [_chart(*c) for c in group] for name, group in dict(scores=scores, mattered=mattered, search=search).items()}
     charts['parallel'] = _chart(parallel_chart(study), f'Every config across its hyper-parameters, coloured by its {score} at {low}. Drag along an axis to choose.', wide=True)
     columns, rows, best = _config_rows(study)
-    return dict(headline=study.headline(), cards=_study_cards(study), best=study.best, best_values=_values(study, study.best), finished=bool(study.final), charts=charts, facts=_facts(study),
+    return dict(headline=_headline(study), cards=_study_cards(study), best=study.best, best_values=_values(study, study.best), finished=bool(study.final), charts=charts, facts=_facts(study),
                 table=_table('configs', 'All configs, best prediction first', columns, rows, best), ledger=_ledger(study))
 
 def _values(study: StudyReader, config: str|None) -> list[tuple[str, str]]:

@@ -255,7 +255,7 @@ def parallel_chart(
     "Hyper-parameters and score of each config, side by side; drag along an axis to choose"
     level, records = _at(study, level)
     records = [r for r in records if r['val_score'] is not None and math.isfinite(r['val_score'])]
-    if len(records) < 2: return message_chart(f'{len(records)} configs with a score are too few to compare')
+    if len(records) < 2: return message_chart('fewer than two configs have a score')
     dimensions = [_dimension(study, n, [r['config'].get(n) for r in records]) for n in study.space.names if len({r['config'].get(n) for r in records}) > 1]
     scores = plain_numbers(max(r['val_score'], -0.5) for r in records)
     score = dict(label=f'{METRICS[study.metric]} at {level:g}', values=scores, **(dict(tickformat='.0%') if study.metric == 'accuracy' else {}))

@@ -74,7 +74,8 @@ def _timeline(self: StudyReader) -> pd.DataFrame: # One row a record: config_id,
     finished = self.frame.set_index(['config_id', 'level', 'purpose'])['finished_at']
     keys = ('config_id', 'level', 'purpose', 'status', 'val_score', 'seconds')
     rows = [{k: r[k] for k in keys} | dict(fte=self.fte(r), finished_at=finished[r['config_id'], r['level'], r['purpose']]) for r in self.records]
-    table = pd.DataFrame(rows, columns=[*keys, 'fte', 'finished_at']).sort_values('finished_at', kind='stable', ignore_index=True)
+    table = pd.DataFrame(rows, columns=[*keys, 'fte', 'finished_at']).astype(dict.fromkeys(('level', 'val_score', 'seconds', 'fte'), float)) # also when there is none
+    table = table.sort_values('finished_at', kind='stable', ignore_index=True)
     return table.assign(spent=table['fte'].cumsum(), best=table.groupby('level')['val_score'].cummax())
 
 # %% ../nbs/75_reader.ipynb #75reader008

@@ -81,9 +81,11 @@ class _Handler(SimpleHTTPRequestHandler):
 # %% ../nbs/82_server.ipynb #82server00a
 def _watch(site: LiveSite, ended: threading.Event, every: float) -> None:
     "Update a site until the end"
+    said = ''
     while True:
         try: site.update()
-        except Exception as error: print(f'llprobe: the site was not updated ({error}); trying again', file=sys.stderr)
+        except Exception as error:
+            if said != (said := str(error)): print(f'llprobe: the site was not updated ({said}); trying again', file=sys.stderr)
         if ended.wait(every): return
 
 @contextlib.contextmanager

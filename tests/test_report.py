@@ -19,7 +19,7 @@ from llprobe.reader import read_study
 from llprobe.report import write_report
 from llprobe.space import SearchSpace, config_id
 from llprobe.store import open_store
-from llprobe.study import StudySettings, run_probes, run_study
+from llprobe.study import StudySettings, open_study, run_probes, run_study
 from llprobe.training import TrainSettings
 
 HOSTILE = '<script>hacked=1;alert(1)</script>"\'><img src=x onerror=hacked=1> & <b>'
@@ -114,6 +114,15 @@ def test_a_site_of_many_configs_stays_small(tmp_path):
     assert len(list((tmp_path/'site'/'digits').iterdir())) == 33
     size = sum(p.stat().st_size for p in (tmp_path/'site').rglob('*') if p.is_file() and p.name != 'plotly.min.js')
     assert size < 2_000_000, f'{size/1e6:.2f} MB'
+
+
+@pytest.mark.parametrize('budget', [None, 30.0])
+def test_a_study_that_has_just_begun_has_pages(tmp_path, budget):
+    "With a budget it has not even configs"
+    open_study('digits', tmp_path/'study', SPACE, settings(budget=budget)).store.close()
+    write_report(tmp_path/'study', tmp_path/'site')
+    assert len(pages(tmp_path/'site')) == (2 if budget else 11)
+    assert 'not finished' in (tmp_path/'site'/'digits'/'index.html').read_text()
 
 
 # --- in a browser ------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ const watchTable = table => {
     heading.append(button)
     heading.setAttribute('aria-sort', 'none')
     button.addEventListener('click', () => {
-      const first = typeof cellValue(table.tBodies[0].rows[0], column) === 'number' ? 'descending' : 'ascending', now = heading.getAttribute('aria-sort')
+      const first = [...table.tBodies[0].rows].some(row => typeof cellValue(row, column) === 'number') ? 'descending' : 'ascending', now = heading.getAttribute('aria-sort')
       sortTable(table, column, now === 'none' ? first : now === 'ascending' ? 'descending' : 'ascending')
     })
   })

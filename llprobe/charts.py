@@ -16,9 +16,9 @@ from .reader import StudyReader, read_result
 from .visualization import COLOURS
 
 # %% auto #0
-__all__ = ['curves_chart', 'levels_chart', 'ranking_chart', 'timeline_chart', 'cost_parts', 'cost_chart', 'responses_chart',
-           'importance_chart', 'interactions_chart', 'parallel_chart', 'study_labels', 'compare_chart',
-           'compare_costs_chart']
+__all__ = ['curves_chart', 'config_curves_chart', 'levels_chart', 'ranking_chart', 'timeline_chart', 'cost_parts', 'cost_chart',
+           'responses_chart', 'importance_chart', 'interactions_chart', 'parallel_chart', 'study_labels',
+           'compare_chart', 'compare_costs_chart']
 
 # %% ../nbs/76_charts.ipynb #76charts005
 def _lines(lines: dict[str, tuple[Sequence[float], Sequence[float]]], **style: Any) -> go.Scatter:
@@ -28,7 +28,7 @@ def _lines(lines: dict[str, tuple[Sequence[float], Sequence[float]]], **style: A
         x += [*plain_numbers(xs), None]; y += [*plain_numbers(ys), None]; names += [config[:8]]*(len(xs)+1)
     return go.Scatter(x=x, y=y, customdata=names, mode='lines+markers', **style)
 
-def _highlighted(lines: dict[str, tuple], highlight: Sequence[str], hover: str, quiet: str = 'other configs') -> list[go.Scatter]:
+def _highlighted(lines: dict[str, tuple], highlight: Sequence[str], hover: str, quiet: str = 'others') -> list[go.Scatter]:
     "Quiet lines, and loud ones on top"
     others = {c: line for c, line in lines.items() if c not in highlight}
     style = dict(hovertemplate=f'%{{customdata}}<br>{hover}<extra></extra>', marker_size=4)
@@ -65,11 +65,26 @@ def curves_chart(
     return chart_figure(traces, chart_axis('epoch'), score_axis(study.metric, [y for _, ys in lines.values() for y in ys]))
 
 # %% ../nbs/76_charts.ipynb #76charts00a
+def config_curves_chart(
+    study: StudyReader,
+    config: str, # Its config_id
+) -> go.Figure:
+    "Validation score of one config against the epoch, one line a level"
+    records = [r for r in study.records if r['config_id'] == config and r['curve']]
+    if not records: return message_chart('no curve was recorded')
+    traces = []
+    for r, colour in zip(records, itertools.cycle(CYCLE)):
+        name = 'full training' if r['purpose'] == 'final' else f'level {r["level"]:g}'
+        x, y = ([row[k] for row in r['curve']] for k in ('epoch', 'val_score'))
+        traces.append(go.Scatter(x=x, y=plain_numbers(y), mode='lines+markers', name=name, marker_size=5, line=dict(color=colour, width=2), hovertemplate=f'{name}<br>epoch %{{x}}, score %{{y}}<extra></extra>'))
+    return chart_figure(traces, chart_axis('epoch'), score_axis(study.metric, [row['val_score'] for r in records for row in r['curve']]), showlegend=True)
+
+# %% ../nbs/76_charts.ipynb #76charts00c
 def levels_chart(
     study: StudyReader,
     highlight: Sequence[str]|None = None, # As in `curves_chart`
 ) -> go.Figure:
-    "Validation score against the level; for highlighted configs what is predicted at level 1, ± 2 deviations, and what was reached"
+    "Validation score against the level; for highlighted configs what is predicted ± 2σ, and what was reached"
     if not study.probes: return message_chart('nothing was probed yet')
     highlight, ranking, unit = _highlight(study, highlight), study.ranking(), METRICS[study.metric]
     rows = {c: [r for r in study.probes if r['config_id'] == c] for c in {r['config_id']: None for r in study.probes}}
@@ -77,7 +92,7 @@ def levels_chart(
     traces = _highlighted(lines, highlight, f'level %{{x}}<br>{unit} %{{y}}')
     for config, colour in zip([c for c in highlight if c in ranking.index], itertools.cycle(CYCLE)):
         mean, std = ranking.loc[config, ['mean', 'std']]
-        traces.append(go.Scatter(x=[0.95], y=plain_numbers([mean]), error_y=dict(array=plain_numbers([2*std]), thickness=1.5), mode='markers', name='predicted, ± 2 deviations',
+        traces.append(go.Scatter(x=[0.95], y=plain_numbers([mean]), error_y=dict(array=plain_numbers([2*std]), thickness=1.5), mode='markers', name='predicted ± 2σ',
                                  marker=dict(symbol='diamond', size=9, color=colour), hovertemplate=f'{config[:8]}<br>predicted %{{y}}<extra></extra>'))
     if study.final: traces.append(_reached(study, [1.05], plain_numbers([study.final['val_score']])))
     ticks = sorted({*study.levels, *(r['level'] for r in study.probes), 1.0})
@@ -89,7 +104,7 @@ def _reached(study: StudyReader, x: list, y: list) -> go.Scatter:
     text = f'{study.final["config_id"][:8]}<br>reached {show_score(study.final["val_score"], study.metric)}<extra></extra>'
     return go.Scatter(x=x, y=y, mode='markers', name='reached', marker=dict(symbol='star', size=13, color=COLOURS['green']), hovertemplate=text)
 
-# %% ../nbs/76_charts.ipynb #76charts00d
+# %% ../nbs/76_charts.ipynb #76charts00f
 def ranking_chart(
     study: StudyReader,
     level: float = 1.0, # Predict from probes up to this level
@@ -102,9 +117,9 @@ def ranking_chart(
     names = [f'{c[:8]} @ {l:g}' for c, l in zip(table.index, table['level'])]
     common = dict(y=names, customdata=[_hover(study, c) for c in table.index], ids=list(table.index))
     colours = [COLOURS['blue'] if c in (highlight or ()) else COLOURS['orange'] for c in table.index]
-    seen = go.Scatter(x=plain_numbers(table['val_score']), **common, mode='markers', name='seen at its highest level', marker=dict(size=7, color=INK),
+    seen = go.Scatter(x=plain_numbers(table['val_score']), **common, mode='markers', name='seen', marker=dict(size=7, color=INK),
                       hovertemplate='%{customdata}<br>seen %{x}<extra></extra>')
-    predicted = go.Scatter(x=plain_numbers(table['mean']), **common, mode='markers', name='predicted at level 1, ± 2 deviations', marker=dict(symbol='diamond', size=8, color=colours),
+    predicted = go.Scatter(x=plain_numbers(table['mean']), **common, mode='markers', name='predicted ± 2σ', marker=dict(symbol='diamond', size=8, color=colours),
                            error_x=dict(array=plain_numbers(2*table['std']), thickness=1.2, width=3, color=COLOURS['grey']), hovertemplate='%{customdata}<br>predicted %{x}<extra></extra>')
     traces = [seen, predicted]
     if study.final and study.final['config_id'] in table.index:
@@ -113,7 +128,7 @@ def ranking_chart(
     if study.metric == 'accuracy': axis['range'] = [-0.02, 1.04]
     return chart_figure(traces, axis, chart_axis(type='category', tickfont=dict(family='monospace', size=11)), height=110+17*len(table))
 
-# %% ../nbs/76_charts.ipynb #76charts010
+# %% ../nbs/76_charts.ipynb #76charts012
 def timeline_chart(
     study: StudyReader,
 ) -> go.Figure:
@@ -123,11 +138,11 @@ def timeline_chart(
     for (level, rows), colour, symbol in zip(table.groupby('level'), itertools.cycle(CYCLE), itertools.cycle(('circle', 'square', 'diamond', 'cross', 'triangle-up', 'x'))):
         common = dict(x=plain_numbers(rows['spent']), legendgroup=f'{level:g}', ids=list(rows['config_id']))
         traces.append(go.Scatter(y=plain_numbers(rows['best']), mode='lines', line=dict(shape='hv', width=1.5, color=colour), showlegend=False, hoverinfo='skip', **common))
-        traces.append(go.Scatter(y=plain_numbers(rows['val_score']), mode='markers', name=f'level {level:g}', marker=dict(size=8, color=colour, symbol=symbol), customdata=[_hover(study, c) for c in rows['config_id']],
+        traces.append(go.Scatter(y=plain_numbers(rows['val_score']), mode='markers', name=f'level {level:g}' if level < 1 else 'full training', marker=dict(size=8, color=colour, symbol=symbol), customdata=[_hover(study, c) for c in rows['config_id']],
                                  hovertemplate=f'%{{customdata}}<br>level {level:g}, score %{{y}}<br>after %{{x}} FTE<extra></extra>', **common))
     return chart_figure(traces, chart_axis('cost so far (full-training equivalents)', rangemode='tozero'), score_axis(study.metric, table['val_score']))
 
-# %% ../nbs/76_charts.ipynb #76charts011
+# %% ../nbs/76_charts.ipynb #76charts013
 def cost_parts(
     study: StudyReader,
 ) -> dict[str, float]: # By part, in full-training equivalents
@@ -140,13 +155,13 @@ def cost_chart(
     study: StudyReader,
 ) -> go.Figure:
     "Cost in full-training equivalents by part, beside that of training every tried config in full"
-    names, n_tried = ['all configs in full', 'this study'], len({r['config_id'] for r in study.records})
+    names, n_tried = ['all in full', 'this study'], len({r['config_id'] for r in study.records})
     traces = [go.Bar(x=plain_numbers([fte]), y=names[1:], orientation='h', name=part, marker_color=colour, hovertemplate=f'{part}: %{{x}} FTE<extra></extra>')
               for (part, fte), colour in zip(cost_parts(study).items(), itertools.cycle(CYCLE))]
     traces.append(go.Bar(x=[n_tried], y=names[:1], orientation='h', marker_color=QUIET, showlegend=False, hovertemplate=f'{n_tried} configs trained in full<extra></extra>'))
-    return chart_figure(traces, chart_axis('full-training equivalents', rangemode='tozero'), chart_axis(type='category'), barmode='stack', height=240, bargap=0.35)
+    return chart_figure(traces, chart_axis('full-training equivalents', rangemode='tozero'), chart_axis(type='category'), barmode='stack', height=240, bargap=0.4, legend_traceorder='normal')
 
-# %% ../nbs/76_charts.ipynb #76charts014
+# %% ../nbs/76_charts.ipynb #76charts016
 def _profile(record: dict[str, Any], sample: str) -> tuple[list[float], list[float]]:
     "Mean rise of the loss under Gaussian noise, by radius"
     rows = [r for r in record['responses'] if r['kind'] == 'gaussian' and r['sample'] == sample]
@@ -178,12 +193,16 @@ def responses_chart(
         traces.append(_lines({c: lines[c] for c in group if c not in loud}, line=dict(width=1.2, color=colour), marker_size=4, showlegend=False, hovertemplate=hover))
     for config, colour in zip(loud, itertools.cycle(CYCLE[2:])):
         traces.append(_lines({config: lines[config]}, line=dict(width=3, color=colour), marker_size=7, name=config[:8], hovertemplate=hover, showlegend=True))
+    ends, tops = list(scores.values()), [max(map(abs, lines[c][1])) for c in scores]
     bar = dict(title=dict(text=METRICS[study.metric], side='right'), thickness=10, outlinewidth=0, **(dict(tickformat='.0%') if study.metric == 'accuracy' else {}))
-    traces.append(go.Scatter(x=[None], y=[None], mode='markers', showlegend=False, hoverinfo='skip',
-                             marker=dict(color=[0], colorscale=SCORES, cmin=min(scores.values()), cmax=max(scores.values()), showscale=True, colorbar=bar)))
-    return chart_figure(traces, chart_axis('radius, relative to each filter\'s norm'), chart_axis(f'rise of the {"validation" if sample == "val" else "training"} loss'))
+    if min(ends) < max(ends): traces.append(go.Scatter(x=[None], y=[None], mode='markers', showlegend=False, hoverinfo='skip',
+                                                       marker=dict(color=[0], colorscale=SCORES, cmin=min(ends), cmax=max(ends), showscale=True, colorbar=bar)))
+    kept = [v for c, top in zip(scores, tops) if c in loud or top <= 20*float(np.median(tops)) for v in lines[c][1] if math.isfinite(v)] # a loss that explodes would flatten all others
+    margin = 0.05*max(max(kept)-min(kept), 1e-6)
+    axis = chart_axis(f'rise of the {"validation" if sample == "val" else "training"} loss', range=plain_numbers([min(kept)-margin, max(kept)+margin]))
+    return chart_figure(traces, chart_axis('radius, relative to each filter\'s norm'), axis)
 
-# %% ../nbs/76_charts.ipynb #76charts017
+# %% ../nbs/76_charts.ipynb #76charts019
 def importance_chart(
     study: StudyReader,
 ) -> go.Figure: # Of a message where there are too few probes
@@ -213,7 +232,7 @@ def interactions_chart(
                        hoverongaps=False, colorbar=bar, hovertemplate='%{y} with %{x}: %{z:.1%}<extra></extra>')
     return chart_figure([trace], chart_axis(type='category', showgrid=False), chart_axis(type='category', showgrid=False, autorange='reversed'), meta=_reliability(table.attrs))
 
-# %% ../nbs/76_charts.ipynb #76charts01a
+# %% ../nbs/76_charts.ipynb #76charts01c
 def _dimension(study: StudyReader, name: str, values: list[Any]) -> dict[str, Any]:
     "One axis of parallel coordinates"
     hp, found = study.space.configspace[name], [v for v in values if v is not None]
@@ -238,14 +257,14 @@ def parallel_chart(
     "Hyper-parameters and score of each config, side by side; drag along an axis to choose"
     level, records = _at(study, level)
     records = [r for r in records if r['val_score'] is not None and math.isfinite(r['val_score'])]
-    if not records: return message_chart('nothing was probed yet')
+    if len(records) < 2: return message_chart('fewer than two configs have a score')
     dimensions = [_dimension(study, n, [r['config'].get(n) for r in records]) for n in study.space.names if len({r['config'].get(n) for r in records}) > 1]
     scores = plain_numbers(max(r['val_score'], -0.5) for r in records)
     score = dict(label=f'{METRICS[study.metric]} at {level:g}', values=scores, **(dict(tickformat='.0%') if study.metric == 'accuracy' else {}))
     trace = go.Parcoords(ids=[r['config_id'] for r in records], dimensions=[*dimensions, score], line=dict(color=scores, colorscale=SCORES), labelangle=-25, labelside='top', unselected=dict(line=dict(opacity=0.08)))
     return chart_figure([trace], {}, {}, margin=dict(l=60, r=40, t=76, b=20), height=360)
 
-# %% ../nbs/76_charts.ipynb #76charts01d
+# %% ../nbs/76_charts.ipynb #76charts01f
 def study_labels(
     studies: Sequence[StudyReader],
 ) -> list[str]: # All different
@@ -266,7 +285,7 @@ def compare_chart(
     def dots(name: str, x: list, symbol: str, colour: str, **more: Any) -> go.Scatter:
         return go.Scatter(x=plain_numbers(x), y=labels, mode='markers', name=name, marker=dict(symbol=symbol, size=10, color=COLOURS[colour]), hovertemplate=f'%{{y}}<br>{name} %{{x}}<extra></extra>', **more)
     error = dict(array=plain_numbers(2*s if s is not None else None for s in stds), thickness=1.5)
-    traces = [dots('predicted, ± 2 deviations', means, 'diamond', 'orange', error_x=error), dots('reached', reached['val'], 'star', 'green'), dots('tested', reached['test'], 'circle-open', 'blue')]
+    traces = [dots('predicted ± 2σ', means, 'diamond', 'orange', error_x=error), dots('reached', reached['val'], 'star', 'green'), dots('tested', reached['test'], 'circle-open', 'blue')]
     return chart_figure(traces, score_axis(metric, [*means, *reached['val']], METRICS[metric]), chart_axis(type='category', autorange='reversed'), height=150+32*len(labels))
 
 def compare_costs_chart(
@@ -278,4 +297,4 @@ def compare_costs_chart(
     groups = dict(probes=[sum(v for k, v in p.items() if k.startswith('probes')) for p in parts], **{k: [p.get(k, 0.0) for p in parts] for k in ('meta-model', 'full training')})
     traces = [go.Bar(x=plain_numbers(v/n for v, n in zip(values, sizes)), y=labels, customdata=plain_numbers(values), orientation='h', name=name, marker_color=colour, hovertemplate=f'%{{y}}<br>{name}: %{{customdata}} FTE, %{{x}}<extra></extra>')
               for (name, values), colour in zip(groups.items(), CYCLE)]
-    return chart_figure(traces, chart_axis('share of training all tried configs in full', tickformat='.0%', rangemode='tozero'), chart_axis(type='category', autorange='reversed'), barmode='stack', height=150+32*len(labels))
+    return chart_figure(traces, chart_axis('cost, as a share of all in full', tickformat='.0%', rangemode='tozero'), chart_axis(type='category', autorange='reversed'), barmode='stack', bargap=0.4, legend_traceorder='normal', height=150+32*len(labels))

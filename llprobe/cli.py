@@ -48,8 +48,7 @@ def _add_options(p: argparse.ArgumentParser) -> None:
 
 def _add_readers(commands: argparse._SubParsersAction) -> None:
     "The commands that take a study's folder"
-    for command, text in ((status, 'how far a study is'), (report, 'write a finished study\'s page and figures'),
-                          (explain, 'which hyper-parameters mattered, and why the chosen config was chosen'), (export, 'hand a study to another tool')):
+    for command, text in ((status, 'how far a study is'), (explain, 'which hyper-parameters mattered, and why the chosen config was chosen'), (export, 'hand a study to another tool')):
         p = commands.add_parser(command.__name__, help=text, description=text)
         p.add_argument('out', type=Path, help='folder of the study')
         p.set_defaults(command=command)
@@ -61,6 +60,16 @@ def _add_export(p: argparse.ArgumentParser) -> None:
     p.add_argument('--mlflow', metavar='URI', help='of the MLflow tracking store, such as sqlite:///mlflow.db or http://127.0.0.1:5000')
     p.add_argument('--tensorboard', metavar='FOLDER', help='TensorBoard\'s logdir')
 
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    "Arguments of `llprobe report`"
+    p = commands.add_parser('report', help='write or serve a site of studies, finished or running', description='Write a site of studies, finished or running: a folder of pages that opens without a network.')
+    p.add_argument('studies', type=Path, nargs='+', metavar='STUDY', help='folder of a study')
+    p.add_argument('-o', '--out', type=Path, metavar='DIR', help='folder of the site; by default report/ in the folder of a single study, or with --serve a temporary one')
+    p.add_argument('--details', type=float, default=20.0, metavar='SECONDS', help='time for landscapes and answers of trained models, the chosen config first (default: 20)')
+    p.add_argument('--serve', action='store_true', help='serve the site on 127.0.0.1, and follow studies that are running')
+    p.add_argument('--port', type=int, default=8765, help='of --serve; 0 for any that is free (default: 8765)')
+    p.set_defaults(command=report)
+
 # %% ../nbs/90_cli.ipynb #90cli006
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments"
@@ -69,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(required=True, metavar='command')
     _add_run(commands)
     _add_readers(commands)
+    _add_report(commands)
     commands.add_parser('datasets', help='list the data sets known by name').set_defaults(command=datasets)
     return p
 
@@ -96,8 +106,9 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     trackers = _trackers(args.track)
     result = run_study(args.dataset, args.out, _space(args), _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet, trackers=trackers)
-    page = _write_report(args.out)
-    _print_table(result, time.perf_counter()-start)
+    seconds = time.perf_counter()-start
+    page = _write_report(args.out, details=5.0)
+    _print_table(result, seconds)
     for name, path in dict(report=page, figures=args.out/'figures', numbers=args.out/'result.json', weights=args.out/'best.safetensors').items():
         print(f'{name:<8} {path}')
 
@@ -107,14 +118,17 @@ def _trackers(places: Sequence[str]) -> list:
     from llprobe.tracking import open_tracker
     return [open_tracker(place) for place in places]
 
-def _write_report(out: Path) -> Path:
-    "The page, with the figures beside it"
+def _write_report(out: Path, details: float) -> Path:
+    "The site in a study's folder, with the figures beside it if the study is finished"
     from llprobe.report import write_report
-    return write_report(out, figures_folder=out/'figures')
+    from llprobe.results import save_figures
+    page = write_report(out, out/'report', details)
+    if (out/'result.json').exists(): save_figures(out, out/'figures')
+    return page
 
 def _print_table(result: dict, seconds: float) -> None:
     "The answer in a few lines"
-    from llprobe.report import summary_rows
+    from llprobe.results import summary_rows
     config = ', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in result['best_config'].items())
     rows = [('data set', result['dataset']), ('chosen config', config), *summary_rows(result), ('wall clock', f'{seconds:.1f} s')]
     width = max(len(name) for name, _ in rows)
@@ -137,8 +151,14 @@ def status(args: argparse.Namespace) -> None:
 
 # %% ../nbs/90_cli.ipynb #90cli00c
 def report(args: argparse.Namespace) -> None:
-    "Write a finished study's page and figures again"
-    print(_write_report(args.out))
+    "Write the site of studies, or serve it"
+    sys.path.insert(0, str(Path.cwd())) # as in `run`: models are loaded again
+    if args.serve:
+        from llprobe.server import serve_report
+        return serve_report(args.studies, args.out, args.port, args.details)
+    if args.out is None and len(args.studies) > 1: raise InputError(f'{len(args.studies)} studies need a folder for their site: name one with -o')
+    from llprobe.report import write_report
+    print(write_report(args.studies, args.out, args.details) if args.out else _write_report(args.studies[0], args.details))
 
 def datasets(args: argparse.Namespace) -> None:
     "List the data sets known by name"

@@ -34,13 +34,14 @@ def plain_numbers(values: Iterable[Any]) -> list[float|None]:
 
 # %% ../nbs/75a_model_charts.ipynb #75amodelchar007
 def chart_axis(title: str|None = None, **more: Any) -> dict[str, Any]:
+    "A quiet axis with room for its labels"
     return dict(title=dict(text=title, standoff=6), gridcolor=GRID, zeroline=False, automargin=True) | more
 
 def chart_figure(traces: Iterable[Any], x: dict[str, Any], y: dict[str, Any], **layout: Any) -> go.Figure:
     "A figure in the common style"
-    legend = dict(orientation='h', x=0, y=1.02, yanchor='bottom', bgcolor='rgba(0,0,0,0)')
+    legend = dict(orientation='h', x=0, xref='container', y=1, yref='container', yanchor='top', bgcolor='rgba(0,0,0,0)')
     common = dict(template=go.layout.Template(), paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)', font=dict(color=INK, size=12), height=340,
-                  margin=dict(l=44, r=12, t=12, b=40), hovermode='closest', hoverlabel=dict(align='left'), colorway=CYCLE, legend=legend)
+                  margin=dict(l=44, r=12, t=30, b=40), hovermode='closest', hoverlabel=dict(align='left'), colorway=CYCLE, legend=legend)
     return go.Figure(list(traces), common | dict(xaxis=x, yaxis=y) | layout)
 
 def score_axis(metric: str, values: Iterable[Any], title: str|None = None, **more: Any) -> dict[str, Any]:

@@ -114,7 +114,8 @@ def _timeline(self: StudyReader) -> pd.DataFrame: # One row a record: config_id,
     finished = self.frame.set_index(['config_id', 'level', 'purpose'])['finished_at']
     keys = ('config_id', 'level', 'purpose', 'status', 'val_score', 'seconds')
     rows = [{k: r[k] for k in keys} | dict(fte=self.fte(r), finished_at=finished[r['config_id'], r['level'], r['purpose']]) for r in self.records]
-    table = pd.DataFrame(rows, columns=[*keys, 'fte', 'finished_at']).sort_values('finished_at', kind='stable', ignore_index=True)
+    table = pd.DataFrame(rows, columns=[*keys, 'fte', 'finished_at']).astype(dict.fromkeys(('level', 'val_score', 'seconds', 'fte'), float)) # also when there is none
+    table = table.sort_values('finished_at', kind='stable', ignore_index=True)
     return table.assign(spent=table['fte'].cumsum(), best=table.groupby('level')['val_score'].cummax())
 
 # %% ../nbs/75_reader.ipynb #75reader00b
@@ -127,7 +128,7 @@ def refresh(self: StudyReader) -> bool: # Whether anything is new
         if seen == self._seen: return False
         self.configs = {config_id(c): Config(c) for c in store.configs(self.name)}
         self.records, self.frame = [Record(r, metric=self.metric) for r in store.probes(self.name)], store.probe_frame(self.name)
-    self._seen, self.timeline = seen, self._timeline()
+    self._seen, self._rankings, self.timeline = seen, {}, self._timeline()
     return True
 
 @patch(as_prop=True)
@@ -172,6 +173,12 @@ def ranking(self: StudyReader,
     level: float = 1.0, # Use probes up to this level
 ) -> pd.DataFrame: # By config_id, best first: mean, std (score at level 1), level (the highest probed), exponent, val_score, status
     "What each config would reach in full, as the meta-model sees it now"
+    if level not in self._rankings: self._rankings[level] = self._rank(level)
+    return self._rankings[level].copy()
+
+@patch
+def _rank(self: StudyReader, level: float) -> pd.DataFrame:
+    "`ranking`, which many charts of a page ask for, without its memory"
     if not any(r['level'] <= level for r in self.probes):
         return pd.DataFrame(columns=['mean', 'std', 'level', 'exponent', 'val_score', 'status'], index=pd.Index([], name='config_id'))
     frame = self._features(level)

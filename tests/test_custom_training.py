@@ -280,7 +280,7 @@ def test_the_command_finds_code_in_the_current_folder(user_folder, tmp_path, opt
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path/'out'/'result.json').read_text())
     assert result['architecture'] == name and set(result['best_config']) <= set(TRAINING)  # not the space of simple_cnn
-    assert (tmp_path/'out'/'report.html').exists()
+    assert (tmp_path/'out'/'report'/'index.html').exists()
 
 
 def test_without_a_space_an_architecture_has_its_own_default(user_folder, tmp_path):

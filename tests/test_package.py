@@ -37,3 +37,4 @@ def test_it_runs_from_another_folder(unpacked, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path/'runs'/'study'/'result.json').exists()
+    assert (tmp_path/'runs'/'study'/'report'/'assets'/'llprobe.css').exists()  # the wheel holds what the site is made from

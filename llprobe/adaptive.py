@@ -86,7 +86,7 @@ class AdaptiveSearch:
         sources: np.ndarray|None = None, # (s, n) what other tasks predict of each candidate, on any scale
         budget: float = np.inf, # In full trainings, never exceeded; the last of it goes to the candidate predicted to be best, in full
         min_improvement: float = 0.0, # Stop when no candidate is expected to improve by more
-        full_share: float = 0.5, # Of the cost that goes to bringing the candidate predicted to be best to the top, at least; 0 leaves it to the expected improvement
+        full_share: float = 0.5, # Of the cost that goes to the highest level, at least, for the candidate predicted to be best there; 0 leaves it to the expected improvement
         choose_levels: bool = False, # Begin candidates at the rung that a pilot shows to be worth its cost, instead of at the lowest?
     ):
         encoded = np.asarray(encoded, float)
@@ -218,8 +218,8 @@ def _decide(self: AdaptiveSearch, k: int) -> Step|None:
 @patch
 def _due(self: AdaptiveSearch, k: int, n_known: int, pending: dict[int, int]) -> Step|None:
     "The full training that `full_share` asks for now, if any"
-    top, spent = len(self.ladder)-1, [0.0, 0.0] # below the top, and at it
-    for s in self.steps: spent[s.rung == top] += step_cost(self.ladder, s.rung, s.reached)
+    top, spent = len(self.ladder)-1, [0.0, 0.0] # at lower levels, and at the highest
+    for s in self.steps: spent[self.ladder[s.rung].level == self.ladder[top].level] += step_cost(self.ladder, s.rung, s.reached)
     if spent[1]+self.ladder[top].cost > self.full_share*(sum(spent)+self.ladder[top].cost)+1e-9: return None
     table = self.standing(n_known).dropna()
     table = table[(table['rung'] < top) & ~table.index.isin(list(pending))]

@@ -45,6 +45,12 @@ def _highlight(study: StudyReader, highlight: Sequence[str]|None) -> Sequence[st
     "By default the best"
     return [study.best] if highlight is None and study.best else highlight or []
 
+def _interval(study: StudyReader, mean: Iterable[float], std: Iterable[float]) -> dict[str, Any]:
+    "Error bars of two deviations, as far as scores can go"
+    mean, two = np.asarray(mean, float), 2*np.asarray(std, float)
+    down = np.minimum(two, mean) if study.metric == 'accuracy' else two
+    return dict(array=plain_numbers(np.minimum(two, 1-mean)), arrayminus=plain_numbers(down), symmetric=False)
+
 def _at(study: StudyReader, level: float|None) -> tuple[float, list[dict[str, Any]]]:
     "A level, by default the lowest, and its probes"
     level = min((r['level'] for r in study.probes), default=study.levels[0]) if level is None else level
@@ -92,7 +98,7 @@ def levels_chart(
     traces = _highlighted(lines, highlight, f'level %{{x}}<br>{unit} %{{y}}')
     for config, colour in zip([c for c in highlight if c in ranking.index], itertools.cycle(CYCLE)):
         mean, std = ranking.loc[config, ['mean', 'std']]
-        traces.append(go.Scatter(x=[0.95], y=plain_numbers([mean]), error_y=dict(array=plain_numbers([2*std]), thickness=1.5), mode='markers', name='predicted ± 2σ',
+        traces.append(go.Scatter(x=[0.95], y=plain_numbers([mean]), error_y=_interval(study, [mean], [std])|dict(thickness=1.5), mode='markers', name='predicted ± 2σ',
                                  marker=dict(symbol='diamond', size=9, color=colour), hovertemplate=f'{config[:8]}<br>predicted %{{y}}<extra></extra>'))
     if study.final: traces.append(_reached(study, [1.05], plain_numbers([study.final['val_score']])))
     ticks = sorted({*study.levels, *(r['level'] for r in study.probes), 1.0})
@@ -120,7 +126,7 @@ def ranking_chart(
     seen = go.Scatter(x=plain_numbers(table['val_score']), **common, mode='markers', name='seen', marker=dict(size=7, color=INK),
                       hovertemplate='%{customdata}<br>seen %{x}<extra></extra>')
     predicted = go.Scatter(x=plain_numbers(table['mean']), **common, mode='markers', name='predicted ± 2σ', marker=dict(symbol='diamond', size=8, color=colours),
-                           error_x=dict(array=plain_numbers(2*table['std']), thickness=1.2, width=3, color=COLOURS['grey']), hovertemplate='%{customdata}<br>predicted %{x}<extra></extra>')
+                           error_x=_interval(study, table['mean'], table['std'])|dict(thickness=1.2, width=3, color=COLOURS['grey']), hovertemplate='%{customdata}<br>predicted %{x}<extra></extra>')
     traces = [seen, predicted]
     if study.final and study.final['config_id'] in table.index:
         traces.append(_reached(study, plain_numbers([study.final['val_score']]), [names[list(table.index).index(study.final['config_id'])]]))

@@ -47,7 +47,7 @@ export default { async render({ model, el }) {
     const figure = model.get('figure')
     div.style.height = `${figure.layout.height ?? 320}px`
     div.setAttribute('aria-label', model.get('label'))
-    await Plotly.react(div, figure.data, themed(el, figure.layout), {responsive: true, displayModeBar: false})
+    await Plotly.react(div, figure.data, themed(el, figure.layout), {responsive: true, displayModeBar: false, plotlyServerURL: ''})
     div.dataset.drawn = model.get('version')
   }
   await draw()

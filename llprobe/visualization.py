@@ -198,7 +198,7 @@ def plot_agreement(
 
 # %% ../nbs/70_visualization.ipynb #70visualizat014
 def plot_recipes(
-    table: pd.DataFrame, # From `report.read_recipes`
+    table: pd.DataFrame, # From `results.read_recipes`
 ) -> Figure:
     "Validation score against the epoch; one line a recipe and seed, the test score in the legend"
     figure, axis = _figure()

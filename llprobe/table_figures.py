@@ -205,7 +205,7 @@ def plot_importance(
     right.grid(False)
     right.set_title('interactions (share of the variation)')
     for axis in (left, right): axis.title.set_fontsize(8)
-    colour_bar(figure, image, right, shrink=0.8, format='{x:.0%}')
+    colour_bar(figure, image, right, shrink=0.8, format='{x:.1%}')
     return figure
 
 # %% ../nbs/71_table_figures.ipynb #71tablefigur01b

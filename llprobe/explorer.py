@@ -19,9 +19,11 @@ from .study_landscape import KINDS, landscape_steps
 from .what_if import WhatIf, complete, slice_chart, values_of
 
 # %% auto #0
-__all__ = ['NewestJob', 'Explorer']
+__all__ = ['Superseded', 'NewestJob', 'Explorer']
 
 # %% ../nbs/85_explorer.ipynb #85explorer005
+class Superseded(Exception): "A newer request has come"
+
 class NewestJob:
     "A thread that does what it was asked last"
     def __init__(self,
@@ -38,14 +40,18 @@ class NewestJob:
             self._next = steps
             self._changed.notify_all()
 
+    def check(self) -> None:
+        "Raise `Superseded` if the job that calls this is no longer wanted"
+        if self._next is not None: raise Superseded
+
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._next is not None)
                 steps, self._next, self._is_busy = self._next, None, True
             try:
-                for _ in steps():
-                    if self._next is not None: break
+                for _ in steps(): self.check()
+            except Superseded: pass
             except Exception as error: self._on_error(error)
             with self._changed:
                 self._is_busy = False
@@ -228,7 +234,7 @@ def _landscapes(self: Explorer, study: StudyReader, key: tuple, as_surface: bool
     study.model(*key)
     yield
     start, first = time.perf_counter(), None
-    for landscape in landscape_steps(study, key, **options):
+    for landscape in landscape_steps(study, key, check=self._jobs.check, **options):
         self.landscape.show((surface_chart if as_surface else landscape_chart)(landscape))
         first, loss = first or time.perf_counter()-start, landscape.values['loss']
         n_finite = np.isfinite(loss).sum()

@@ -4,8 +4,9 @@
 
 # %% ../nbs/77a_study_landscape.ipynb #77astudyland003
 from __future__ import annotations
-from typing import Iterator
+from typing import Callable, Iterator
 import torch
+from .batches import mean_loss
 from .core import InputError
 from .directions import Plane, adversarial_plane, eigenvector_plane, random_plane
 from .landscape import Landscape, progressive_landscape
@@ -25,10 +26,10 @@ KINDS = {
     'adversarial': 'adversarial',
 }
 
-def _plane(model: torch.nn.Module, kind: str, seed: int, n_directions: int, x: torch.Tensor, y: torch.Tensor) -> Plane:
+def _plane(model: torch.nn.Module, kind: str, seed: int, n_directions: int, x: torch.Tensor, y: torch.Tensor, loss_fn: Callable) -> Plane:
     "The line or plane to look along"
-    if KINDS[kind] == 'eigenvectors': plane = eigenvector_plane(model, x, y, n_directions, seed=seed, tolerance=0.05)
-    elif KINDS[kind] == 'adversarial': plane = adversarial_plane(model, x, y, seed=seed)
+    if KINDS[kind] == 'eigenvectors': plane = eigenvector_plane(model, x, y, n_directions, seed=seed, tolerance=0.05, loss_fn=loss_fn)
+    elif KINDS[kind] == 'adversarial': plane = adversarial_plane(model, x, y, seed=seed, loss_fn=loss_fn)
     else: plane = random_plane(model, seed, n_directions, KINDS[kind])
     return Plane(plane.directions[:n_directions], plane.kind, facts=plane.facts)
 
@@ -53,11 +54,15 @@ def landscape_steps(
     seed: int = 0, # Of the directions
     part: str = 'val', # 'val' or 'train'
     n_samples: int = 128,
+    check: Callable[[], None] = lambda: None, # Called with each batch; may raise to give up, which leaves the model as found
 ) -> Iterator[Landscape]:
     "Ever finer landscapes around a trained model, which is trained again first if it is not at hand"
     if kind not in KINDS: raise InputError(f'kind must be one of {", ".join(KINDS)}, got {kind!r}')
     model, (x, y) = study.model(*key), landscape_samples(study, key, part, n_samples)
+    def loss_fn(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        check()
+        return mean_loss(outputs, targets)
     with isolated(0, resolve_device(study.settings.train.device), 1):
-        plane = _plane(model, kind, seed, n_directions, x, y)
+        plane = _plane(model, kind, seed, n_directions, x, y, loss_fn)
         n = 65 if n_directions == 1 else 25
-        yield from progressive_landscape(model, x, y, plane, radius, n, n_levels=4)
+        yield from progressive_landscape(model, x, y, plane, radius, n, n_levels=5, loss_fn=loss_fn)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Iterator
 from .core import InputError
 from .evaluation import Evaluation, evaluate_part
-from .landscape import Landscape, progressive_landscape
+from .landscape import Landscape
 from .reader import StudyReader
+from .study_landscape import landscape_steps
 
 # %% auto #0
 __all__ = ['shown_record', 'Details', 'config_details', 'study_details']
@@ -34,9 +35,9 @@ class Details:
     reason: str = '' # Why there is nothing
 
 # %% ../nbs/79_details.ipynb #79details007
-def _landscape(study: StudyReader, model: Any, until: float) -> Landscape: # `until` on the monotonic clock
-    "The finest grid that is ready in time, at least 7 × 7, of 128 validation samples"
-    grids, start, landscape = progressive_landscape(model, *study.samples('val', 128), n=13, n_levels=2), time.monotonic(), None
+def _landscape(study: StudyReader, key: tuple[str, float, str], until: float) -> Landscape: # `until` on the monotonic clock
+    "The finest grid that is ready in time, 13 × 13 at most, of 128 validation samples"
+    grids, start, landscape = landscape_steps(study, key, radius=1.0, n=13), time.monotonic(), None
     for landscape in grids:
         if time.monotonic()+4*(time.monotonic()-start) > until: break
         start = time.monotonic()
@@ -52,8 +53,7 @@ def config_details(
     if record is None: return Details(0.0, 'probe', reason='it was not probed yet')
     level, purpose = record['level'], record['purpose']
     try:
-        model = study.model(config, level, purpose)
-        return Details(level, purpose, evaluate_part(study, config, level, purpose), _landscape(study, model, until))
+        return Details(level, purpose, evaluate_part(study, config, level, purpose), _landscape(study, (config, level, purpose), until))
     except (InputError, ImportError, OSError, RuntimeError) as error: return Details(level, purpose, reason=str(error))
 
 # %% ../nbs/79_details.ipynb #79details00a

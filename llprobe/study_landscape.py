@@ -53,6 +53,7 @@ def landscape_steps(
     radius: float = 0.5, # How far to go, in lengths of the directions
     seed: int = 0, # Of the directions
     part: str = 'val', # 'val' or 'train'
+    n: int|None = None, # Points along each direction of the last; by default 65 on a line, 25 on a plane
     n_samples: int = 128,
     check: Callable[[], None] = lambda: None, # Called with each batch; may raise to give up, which leaves the model as found
 ) -> Iterator[Landscape]:
@@ -64,5 +65,5 @@ def landscape_steps(
         return mean_loss(outputs, targets)
     with isolated(0, resolve_device(study.settings.train.device), 1):
         plane = _plane(model, kind, seed, n_directions, x, y, loss_fn)
-        n = 65 if n_directions == 1 else 25
+        n = n or (65 if n_directions == 1 else 25)
         yield from progressive_landscape(model, x, y, plane, radius, n, n_levels=5, loss_fn=loss_fn)

@@ -262,12 +262,16 @@ def test_no_page_is_wider_than_a_telephone(browser, site, folders):
 def served(*arguments):
     "`llprobe report --serve` on a free port: its address, and its process once it was interrupted"
     process = subprocess.Popen([sys.executable, '-m', 'llprobe.cli', 'report', *map(str, arguments), '--serve', '--port', '0'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=dict(os.environ, OMP_NUM_THREADS='1'))
+                               env=dict(os.environ, OMP_NUM_THREADS='1'),
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore Ctrl-C
     try:
         yield process.stdout.readline().split()[0], process
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        try:
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
 
 
 def raw_status(url: str, path: str, host: str|None = None) -> int:

@@ -86,12 +86,13 @@ class AdaptiveSearch:
         sources: np.ndarray|None = None, # (s, n) what other tasks predict of each candidate, on any scale
         budget: float = np.inf, # In full trainings, never exceeded; the last of it goes to the candidate predicted to be best, in full
         min_improvement: float = 0.0, # Stop when no candidate is expected to improve by more
-        full_share: float = 0.5, # Of the cost that goes to the highest level, at least, for the candidate predicted to be best there; 0 leaves it to the expected improvement
+        full_share: float|None = None, # Of the cost that goes to the highest level, at least, for the candidate predicted to be best there; by default 0.5 without a budget, and 0 within one
         choose_levels: bool = False, # Begin candidates at the rung that a pilot shows to be worth its cost, instead of at the lowest?
     ):
         encoded = np.asarray(encoded, float)
         if encoded.ndim != 2 or len(encoded) < 2: raise InputError(f'a search needs at least 2 candidates, got an array of shape {encoded.shape}')
         if lag < 1: raise InputError(f'lag must be at least 1, got {lag}')
+        full_share = (0.5 if np.isinf(budget) else 0.0) if full_share is None else full_share
         if not 0 <= full_share < 1: raise InputError(f'full_share must be in [0, 1), got {full_share:g}')
         if not budget > 0: raise InputError(f'budget must be above 0, got {budget:g}')
         if sources is not None and len(sources): # one more column: the process learns what it is worth

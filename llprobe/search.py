@@ -146,7 +146,7 @@ class BudgetSearch(Search):
         dearest = max(self.levels)+overhead
         if budget < 1+dearest: raise InputError(f'budget must be at least {1+dearest:.3g}, for one probe at level {max(self.levels):g} and the full training, got {budget:g}')
         ladder = [Rung(level, 1, level+overhead) for level in self.levels]
-        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-1, full_share=0.0, **options) # its top is no full training
+        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-1, **options)
 
     def rung_sizes(self) -> list[int]: # Empty: it depends on what is found
         "Nothing is planned ahead"

@@ -407,7 +407,8 @@ def probe_frame(self: Store, study: int|str) -> pd.DataFrame: # Ordered as `prob
     "One row a probe, hyper-parameters in columns"
     frame = self._frame(sa.select(*_OWN, PROBE.c.finished_at, CONFIG.c.position, CONFIG.c.hyperparameters).join(CONFIG, _OF)
                         .where(PROBE.c.study_id == self._id(study)).order_by(*_KEY))
-    values = pd.DataFrame(list(frame.pop('hyperparameters')), index=frame.index)
+    values = [{_text(k): _text(v) if isinstance(v, str) else v for k, v in h.items()} for h in frame.pop('hyperparameters')] # pandas refuses lone surrogates, too
+    values = pd.DataFrame(values, index=frame.index)
     return frame.join(values.rename(columns=lambda name: f'config_{name}' if name in frame else name))
 
 @patch_to(Store)

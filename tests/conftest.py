@@ -5,19 +5,27 @@ import pytest
 def pytest_configure(config): config.addinivalue_line('markers', 'browser: drives Chromium; skipped unless chromium and chromedriver are installed')
 
 @pytest.fixture(scope='session')
-def driver():
-    chromium, chromedriver = shutil.which('chromium'), shutil.which('chromedriver')
-    if not (chromium and chromedriver): pytest.skip('needs chromium and chromedriver: make test-browser installs them')
+def chromium():
+    "The browser of all tests"
+    binary, chromedriver = shutil.which('chromium'), shutil.which('chromedriver')
+    if not (binary and chromedriver): pytest.skip('needs chromium and chromedriver: make test-browser installs them')
     from selenium import webdriver
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = binary
     for flag in ('headless=new', 'no-sandbox', 'no-first-run', 'disable-background-networking', 'disable-component-update', 'disable-sync', 'disable-dev-shm-usage',
                  'enable-unsafe-swiftshader', 'window-size=1300,1000', 'host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1'): options.add_argument(f'--{flag}')
     options.set_capability('goog:loggingPrefs', dict(performance='ALL', browser='ALL'))
     browser = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
-    browser.get_log('performance') # the browser's own start
     yield browser
     browser.quit()
+
+@pytest.fixture
+def driver(chromium):
+    "The browser with an empty page, and nothing left from the last test"
+    chromium.get('about:blank')
+    for name in ('browser', 'performance'): chromium.get_log(name)
+    yield chromium
+    chromium.get('about:blank') # a page must not outlive its server
 
 def foreign_requests(driver) -> list[str]: # Since the last call
     "Addresses outside of this machine that pages asked for"

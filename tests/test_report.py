@@ -147,7 +147,6 @@ def prefer(driver, scheme: str, width: int = 1300) -> None:
 def browser(driver):
     "The driver with nothing left from other tests"
     prefer(driver, 'light')
-    driver.get_log('browser'), driver.get_log('performance')
     yield driver
     with contextlib.suppress(Exception):
         driver.execute_script('localStorage.clear(); sessionStorage.clear()')

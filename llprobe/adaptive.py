@@ -247,6 +247,7 @@ def _affordable(self: AdaptiveSearch, k: int, candidate: int, rung: int, reached
 def _last(self: AdaptiveSearch, k: int) -> Step|None:
     "Bring the candidate predicted to be best to the top, unless it is there or the budget does not allow it"
     top, table = len(self.ladder)-1, self.standing(max(0, k-self.lag+1)).dropna()
+    if not self.steps and self.ladder[top].cost <= self.budget+1e-9: return Step(k, self.order[0], top, -1) # the budget is for one training only
     if not len(table): return None
     self._condition(max(0, k-self.lag+1), {})
     mean, _ = self.gp.predict(self.encoded[table.index], self.fidelity[top])

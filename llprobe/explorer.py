@@ -4,7 +4,7 @@
 
 # %% ../nbs/85_explorer.ipynb #85explorer003
 from __future__ import annotations
-import html, threading, time
+import atexit, html, threading, time
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 import ipywidgets as widgets, numpy as np
@@ -29,8 +29,10 @@ class NewestJob:
     def __init__(self,
         on_error: Callable[[Exception], None], # Called in the thread with what a job raised
     ):
-        self._changed, self._next, self._is_busy, self._on_error = threading.Condition(), None, False, on_error
-        threading.Thread(target=self._run, daemon=True).start()
+        self._changed, self._next, self._is_busy, self._has_ended, self._on_error = threading.Condition(), None, False, False, on_error
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
 
     def submit(self,
         steps: Callable[[], Iterator[Any]], # Does a step of work before each yield
@@ -42,12 +44,20 @@ class NewestJob:
 
     def check(self) -> None:
         "Raise `Superseded` if the job that calls this is no longer wanted"
-        if self._next is not None: raise Superseded
+        if self._next is not None or self._has_ended: raise Superseded
+
+    def close(self) -> None:
+        "End the thread, which must not compute while the interpreter shuts down"
+        with self._changed:
+            self._has_ended = True
+            self._changed.notify_all()
+        self._thread.join(30)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._next is not None)
+                self._changed.wait_for(lambda: self._next is not None or self._has_ended)
+                if self._has_ended: return
                 steps, self._next, self._is_busy = self._next, None, True
             try:
                 for _ in steps(): self.check()

@@ -161,7 +161,8 @@ def _overhead(split: Split, settings: StudySettings) -> float: # In full trainin
     "What a probe costs besides its training: validation, and the responses"
     s = settings.probe
     curve = settings.probe.train.n_epochs*min(s.train.n_curve_samples, len(split.val))
-    responses = 2*s.n_response_samples*(1+len(s.radii)*s.n_directions+4*len(s.sam_radii))
+    samples = sum(min(s.n_response_samples, round(n)) for n in (len(split.val), max(settings.levels)*len(split.train)))
+    responses = samples*(1+len(s.radii)*s.n_directions+4*len(s.sam_radii))
     return (curve+len(split.val)+responses)/FORWARDS_PER_TRAIN_SAMPLE/(len(split.train)*s.train.n_epochs)
 
 def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], split: Split, features: dict[str, float], start: WarmStart|None) -> Search:

@@ -19,7 +19,6 @@ from .sampler import sample_level
 from .space import SearchSpace, config_id
 from .store import open_store
 from .study import StudySettings, finished_record, hardware, versions
-from .training import TrainSettings
 
 # %% auto #0
 __all__ = ['table_dataset', 'probe_table', 'write_table', 'read_table', 'table_records', 'replay_table', 'card_space',
@@ -155,14 +154,13 @@ def card_space(
     card: dict[str, Any], # From `read_table`
 ) -> SearchSpace:
     "The space a table's configs come from"
-    return SearchSpace(card['space']['architecture'], card['space']['hyperparameters'])
+    return SearchSpace.from_dict(card['space'])
 
 def card_settings(
     card: dict[str, Any], # From `read_table`
 ) -> ProbeSettings:
     "What all of a table's probes shared"
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in card['settings'].items()}
-    return ProbeSettings(**values | dict(train=TrainSettings(**values['train'])))
+    return ProbeSettings.from_dict(card['settings'])
 
 def card_dataset(
     card: dict[str, Any], # From `read_table`

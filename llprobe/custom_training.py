@@ -14,7 +14,7 @@ from .core import InputError, derive_seed, score_key
 from .batches import evaluate, settle_layout
 from .data import Dataset, Split
 from .models import evaluating, import_function
-from .training import TrainResult, TrainSettings, batch_indices, is_finite, isolated, network_input, resolve_device
+from .training import TrainResult, TrainSettings, batch_indices, is_finite, isolated, network_samples, resolve_device
 
 # %% auto #0
 __all__ = ['TrainingFunction', 'Subset', 'make_subset', 'run_training', 'find_training', 'check_training', 'lightning_training']
@@ -38,8 +38,8 @@ TrainingFunction = Callable[[dict[str, Any], Subset, int], tuple[list[dict[str, 
 # %% ../nbs/25_custom_training.ipynb #25customtrai006
 def _inputs(split: Split, part: str, chosen: Tensor|None, device: torch.device) -> tuple[Tensor, Tensor]:
     "Normalised samples in the usual order in memory, and their classes"
-    x, y = (t.to(device) for t in split.samples(part, chosen))
-    return network_input(split, x).contiguous(), y
+    x, y = network_samples(split, part, chosen, device)
+    return x.contiguous(), y
 
 def make_subset(
     split: Split,

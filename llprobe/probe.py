@@ -19,11 +19,12 @@ from .perturbation import probe_responses
 from .sampler import sample_level, sample_order
 from .space import config_id
 from .stack import train_stack
-from .training import TrainResult, TrainSettings, isolated, network_input, resolve_device, train
+from .training import TrainResult, TrainSettings, isolated, network_samples, resolve_device, train
 
 # %% auto #0
-__all__ = ['FORWARDS_PER_TRAIN_SAMPLE', 'ProbeSettings', 'ProbeTask', 'load_split', 'task_split', 'task_indices', 'task_model',
-           'pack_weights', 'train_tasks', 'run_probes', 'run_probe', 'crashed_record', 'full_training_equivalents']
+__all__ = ['FORWARDS_PER_TRAIN_SAMPLE', 'ProbeSettings', 'ProbeTask', 'load_split', 'task_split', 'task_indices',
+           'measured_samples', 'task_model', 'pack_weights', 'train_tasks', 'run_probes', 'run_probe', 'crashed_record',
+           'full_training_equivalents']
 
 # %% ../nbs/40_probe.ipynb #40probe005
 @dataclass(frozen=True)
@@ -91,20 +92,23 @@ def task_indices(
     return _level_indices(task.data_path, task.seed, s.val_fraction, s.test_fraction, s.strategy, task.level)
 
 # %% ../nbs/40_probe.ipynb #40probe00a
+def measured_samples(
+    task: ProbeTask,
+    n: int, # At most so many of each part
+) -> dict[str, tuple[Tensor, Tensor]]: # Network inputs and targets of train, from the level's samples, and of val
+    "What a trained model's loss is looked at on: a stratified part of both"
+    split, device = task_split(task), resolve_device(task.settings.train.device)
+    chosen = dict(train=task_indices(task)[:n], val=sample_order(split.val_y, 'stratified', task.seed)[:n])
+    return {part: network_samples(split, part, index, device) for part, index in chosen.items()}
+
 def _responses(
     task: ProbeTask,
     model: torch.nn.Module, # Trained; left bit-exact
-    indices: Tensor, # The level's training samples
 ) -> tuple[list[dict], int]: # Rows of responses; their cost in forward passes of one sample
     "Shake the trained weights"
-    split, s = task_split(task), task.settings
-    chosen = dict(train=indices[:s.n_response_samples], val=sample_order(split.val_y, 'stratified', task.seed)[:s.n_response_samples])
-    device, samples = resolve_device(s.train.device), {}
-    for part, index in chosen.items():
-        x, y = (t.to(device) for t in split.samples(part, index))
-        samples[part] = network_input(split, x), y
-    with isolated(0, device, s.train.n_threads):
-        rows, cost = probe_responses(model, samples, task.seed, s.radii, s.n_directions, s.sam_radii)
+    s = task.settings
+    with isolated(0, resolve_device(s.train.device), s.train.n_threads):
+        rows, cost = probe_responses(model, measured_samples(task, s.n_response_samples), task.seed, s.radii, s.n_directions, s.sam_radii)
     return [{name: value for name, value in row.items() if name != 'r2'} for row in rows], cost # on the same samples R² says what the loss says
 
 # %% ../nbs/40_probe.ipynb #40probe00d
@@ -135,14 +139,14 @@ def train_tasks(
 
 def _finish(task: ProbeTask, model: torch.nn.Module, result: TrainResult) -> dict[str, Any]:
     "Perturb or test what was trained, and write the record"
-    start, indices, dataset = time.perf_counter(), task_indices(task), task_split(task).dataset
-    record = dict(_head(task, len(indices)), status=result.status, val_score=result.val_score, val_loss=result.val_loss,
+    start, dataset = time.perf_counter(), task_split(task).dataset
+    record = dict(_head(task, len(task_indices(task))), status=result.status, val_score=result.val_score, val_loss=result.val_loss,
                   train_samples=result.train_samples, forward_samples=float(result.forward_samples), curve=result.curve)
     if task.purpose == 'final':
         test = _test(task, model) if result.status == 'ok' else dict(test_score=dataset.chance_score, test_loss=math.nan)
         record |= dict(test, weights=pack_weights(model))
     elif result.status == 'ok':
-        record['responses'], cost = _responses(task, model, indices)
+        record['responses'], cost = _responses(task, model)
         record['forward_samples'] += cost
     return record | dict(seconds=result.seconds+time.perf_counter()-start)
 
@@ -171,8 +175,7 @@ def _head(task: ProbeTask, n_samples: int) -> dict[str, Any]:
 def _test(task: ProbeTask, model: torch.nn.Module) -> dict[str, float]:
     "The one look at the test part"
     split, device = task_split(task), resolve_device(task.settings.train.device)
-    x, y = (t.to(device) for t in split.samples('test'))
-    with isolated(0, device, task.settings.train.n_threads): scores = evaluate(model, network_input(split, x), y)
+    with isolated(0, device, task.settings.train.n_threads): scores = evaluate(model, *network_samples(split, 'test', None, device))
     return dict(test_score=scores[split.dataset.metric], test_loss=scores['loss'])
 
 # %% ../nbs/40_probe.ipynb #40probe011

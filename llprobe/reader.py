@@ -18,7 +18,7 @@ from .metamodel import PowerLawModel
 from .probe import ProbeSettings, ProbeTask, full_training_equivalents, pack_weights, task_model, task_split, train_tasks
 from .space import SearchSpace, config_id
 from .store import open_store
-from .training import network_input, resolve_device
+from .training import network_samples, resolve_device
 
 # %% auto #0
 __all__ = ['Config', 'Record', 'read_result', 'StudyReader', 'read_study', 'find_studies']
@@ -274,8 +274,7 @@ def samples(self: StudyReader,
 ) -> tuple[torch.Tensor, torch.Tensor]: # Inputs (n, c, h, w) or (n, d); labels or targets (n,)
     "A part of the data, normalised, on the study's device"
     size, device = len(getattr(self.split, part)), resolve_device(self.settings.train.device)
-    x, y = self.split.samples(part, torch.arange(min(n or size, size)))
-    return network_input(self.split, x.to(device)), y.to(device)
+    return network_samples(self.split, part, torch.arange(min(n or size, size)), device)
 
 # %% ../nbs/75_reader.ipynb #75reader01b
 @patch

@@ -14,12 +14,11 @@ from .data import cached_file
 from .directions import random_plane, trajectory_plane
 from .landscape import Landscape, loss_landscape, trajectory_losses
 from .paths import interpolate
-from .probe import ProbeTask, task_indices, task_model, task_split
-from .sampler import sample_order
+from .probe import ProbeTask, measured_samples, task_indices, task_model, task_split
 from .space import config_id
 from .study import hardware, versions
 from .table import card_dataset, card_settings, read_table
-from .training import TrainResult, network_input, resolve_device, train
+from .training import TrainResult, train
 
 # %% auto #0
 __all__ = ['ROLES', 'choose_configs', 'train_path', 'SliceSettings', 'solution_landscapes', 'table_landscapes']
@@ -62,13 +61,6 @@ class SliceSettings:
     n_lines: int = 3         # Random directions
     n_samples: int = 512     # Training and validation samples each point is evaluated on, at most
 
-def _samples(task: ProbeTask, n: int) -> dict[str, tuple[Tensor, Tensor]]:
-    "Inputs and targets, a stratified part of both"
-    split, device = task_split(task), resolve_device(task.settings.train.device)
-    chosen = dict(train=task_indices(task)[:n], val=sample_order(split.val_y, 'stratified', task.seed)[:n])
-    pairs = {part: [t.to(device) for t in split.samples(part, index)] for part, index in chosen.items()}
-    return {part: (network_input(split, x), y) for part, (x, y) in pairs.items()}
-
 def _both(train: Landscape, val: Landscape) -> Landscape:
     "Values on both parts, on one grid"
     return replace(train, values=train.values | {f'val_{k}': v for k, v in val.values.items()}, facts=train.facts | dict(cost=train.facts['cost']+val.facts['cost']))
@@ -97,7 +89,7 @@ def _solve(task: ProbeTask, facts: dict[str, Any], role: str, out: Path, setting
     start = time.perf_counter()
     model, result, path = train_path(task)
     if result.status != 'ok': raise InputError(f'the {role} config diverged with seed {task.seed} at level {task.level:g}: take another')
-    slices = solution_landscapes(model, path, _samples(task, settings.n_samples), settings)
+    slices = solution_landscapes(model, path, measured_samples(task, settings.n_samples), settings)
     for name, landscape in slices.items(): landscape.save(out/f'{role}-{name}.npz')
     return facts | dict(config=task.config, reached=result.val_score, val_loss=result.val_loss, train_loss=result.curve[-1]['train_loss'], seconds=time.perf_counter()-start)
 

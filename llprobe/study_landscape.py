@@ -12,7 +12,7 @@ from .directions import Plane, adversarial_plane, eigenvector_plane, random_plan
 from .landscape import Landscape, progressive_landscape
 from .probe import task_indices
 from .reader import StudyReader
-from .training import isolated, network_input, resolve_device
+from .training import isolated, network_samples, resolve_device
 
 # %% auto #0
 __all__ = ['KINDS', 'landscape_samples', 'landscape_steps']
@@ -41,9 +41,7 @@ def landscape_samples(
 ) -> tuple[torch.Tensor, torch.Tensor]: # Network inputs, labels or targets
     "What losses are measured on"
     if part == 'val': return study.samples('val', n)
-    x, y = study.split.samples('train', task_indices(study.task(*key))[:n])
-    device = resolve_device(study.settings.train.device)
-    return network_input(study.split, x.to(device)), y.to(device)
+    return network_samples(study.split, part, task_indices(study.task(*key))[:n], resolve_device(study.settings.train.device))
 
 def landscape_steps(
     study: StudyReader,

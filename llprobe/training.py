@@ -22,8 +22,8 @@ from .optimization import (Averaging, ascended, learning_rate_factor, make_optim
 from .sampler import sample_order
 
 # %% auto #0
-__all__ = ['TrainSettings', 'resolve_device', 'network_input', 'batch_indices', 'epoch_batches', 'TrainResult', 'is_finite',
-           'isolated', 'Trainer', 'train']
+__all__ = ['TrainSettings', 'resolve_device', 'network_input', 'network_samples', 'batch_indices', 'epoch_batches', 'TrainResult',
+           'is_finite', 'isolated', 'Trainer', 'train']
 
 # %% ../nbs/23_training.ipynb #23training005
 @dataclass(frozen=True)
@@ -61,6 +61,16 @@ def network_input(
     "What the network sees of raw samples"
     x = normalise(x, split.mean, split.std)
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+def network_samples(
+    split: Split,
+    part: str, # 'train', 'val' or 'test'
+    chosen: Tensor|None, # Positions in the part; None for all of it
+    device: torch.device,
+) -> tuple[Tensor, Tensor]: # As of `network_input`; labels or standardised targets (n,)
+    "Samples as a network takes and answers them"
+    x, y = (t.to(device) for t in split.samples(part, chosen))
+    return network_input(split, x), y
 
 # %% ../nbs/23_training.ipynb #23training00b
 def batch_indices(

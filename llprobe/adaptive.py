@@ -225,9 +225,14 @@ def _due(self: AdaptiveSearch, k: int, n_known: int, pending: dict[int, int]) ->
     table = self.standing(n_known).dropna()
     table = table[(table['rung'] < top) & ~table.index.isin(list(pending))]
     if not len(table): return None
+    best = self._predicted_best(table, n_known, pending)
+    return self._affordable(k, best, top, int(table.loc[best, 'rung']))
+
+@patch
+def _predicted_best(self: AdaptiveSearch, table: pd.DataFrame, n_known: int, pending: dict[int, int]) -> int: # A candidate
+    "Which candidate of the table's index is predicted to be best at the top"
     self._condition(n_known, pending)
-    best = table.index[np.argmax(self.gp.predict(self.encoded[table.index], self.fidelity[top])[0])]
-    return self._affordable(k, int(best), top, int(table.loc[best, 'rung']))
+    return int(table.index[np.argmax(self.gp.predict(self.encoded[table.index], self.fidelity[-1])[0])])
 
 @patch
 def _towards(self: AdaptiveSearch, target: int, reached: int) -> int: # Rung
@@ -246,12 +251,11 @@ def _affordable(self: AdaptiveSearch, k: int, candidate: int, rung: int, reached
 @patch
 def _last(self: AdaptiveSearch, k: int) -> Step|None:
     "Bring the candidate predicted to be best to the top, unless it is there or the budget does not allow it"
-    top, table = len(self.ladder)-1, self.standing(max(0, k-self.lag+1)).dropna()
+    top, n_known = len(self.ladder)-1, max(0, k-self.lag+1)
+    table = self.standing(n_known).dropna()
     if not self.steps and self.ladder[top].cost <= self.budget+1e-9: return Step(k, self.order[0], top, -1) # the budget is for one training only
     if not len(table): return None
-    self._condition(max(0, k-self.lag+1), {})
-    mean, _ = self.gp.predict(self.encoded[table.index], self.fidelity[top])
-    best = int(table.index[np.argmax(mean)])
+    best = self._predicted_best(table, n_known, {})
     reached = next(s.rung for s in reversed(self.steps) if s.candidate == best)
     fits = reached < top and self.spent+step_cost(self.ladder, top, reached) <= self.budget+1e-9
     return Step(k, best, top, reached) if fits else None

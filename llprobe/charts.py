@@ -4,20 +4,20 @@
 
 # %% ../nbs/76_charts.ipynb #76charts003
 from __future__ import annotations
-import contextlib, itertools, math
+import itertools, math
 from typing import Any, Iterable, Sequence
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.colors import sample_colorscale
-from .core import METRICS, InputError, show_score
+from .core import METRICS, InputError, show_score, show_value
 from .explain import importance, interactions
 from .model_charts import (CYCLE, INK, QUIET, SCORES, chart_axis, chart_figure, confusion_chart, landscape_chart, log_ticks, message_chart, plain_numbers, score_axis, show_text,
                                   surface_chart)
-from .reader import StudyReader, read_result
+from .reader import StudyReader
 from .visualization import COLOURS
 
 # %% auto #0
-__all__ = ['curves_chart', 'config_curves_chart', 'levels_chart', 'ranking_chart', 'timeline_chart', 'cost_parts', 'cost_chart',
-           'responses_chart', 'importance_chart', 'interactions_chart', 'parallel_chart', 'study_labels',
+__all__ = ['curves_chart', 'config_curves_chart', 'levels_chart', 'ranking_chart', 'timeline_chart', 'cost_parts', 'total_cost',
+           'cost_chart', 'responses_chart', 'importance_chart', 'interactions_chart', 'parallel_chart', 'study_labels',
            'compare_chart', 'compare_costs_chart']
 
 # %% ../nbs/76_charts.ipynb #76charts005
@@ -38,7 +38,7 @@ def _highlighted(lines: dict[str, tuple], highlight: Sequence[str], hover: str, 
 
 def _hover(study: StudyReader, config: str) -> str:
     "A config's values, line by line"
-    rows = [f'{show_text(k)} {show_text(f"{v:.4g}" if isinstance(v, float) else v)}' for k, v in study.configs[config].items()]
+    rows = [f'{show_text(k)} {show_text(show_value(v))}' for k, v in study.configs[config].items()]
     return '<br>'.join([f'<b>{config[:8]}</b>', *rows])
 
 def _highlight(study: StudyReader, highlight: Sequence[str]|None) -> Sequence[str]:
@@ -154,14 +154,20 @@ def cost_parts(
 ) -> dict[str, float]: # By part, in full-training equivalents
     "What a study has cost so far: the probes of each level, the meta-model where the result says, the full training"
     parts = {f'probes at level {row.level:g}' if row.purpose == 'probe' else 'full training': row.fte for row in study.cost().itertuples()}
-    with contextlib.suppress(InputError): parts['meta-model'] = read_result(study.folder)['cost']['fte']['metamodel']
+    if study.result: parts['meta-model'] = study.result['cost']['fte']['metamodel']
     return parts
+
+def total_cost(
+    study: StudyReader,
+) -> float: # In full-training equivalents
+    "All of `cost_parts`"
+    return sum(cost_parts(study).values())
 
 def cost_chart(
     study: StudyReader,
 ) -> go.Figure:
     "Cost in full-training equivalents by part, beside that of training every tried config in full"
-    names, n_tried = ['all in full', 'this study'], len({r['config_id'] for r in study.records})
+    names, n_tried = ['all in full', 'this study'], study.n_tried
     traces = [go.Bar(x=plain_numbers([fte]), y=names[1:], orientation='h', name=part, marker_color=colour, hovertemplate=f'{part}: %{{x}} FTE<extra></extra>')
               for (part, fte), colour in zip(cost_parts(study).items(), itertools.cycle(CYCLE))]
     traces.append(go.Bar(x=[n_tried], y=names[:1], orientation='h', marker_color=QUIET, showlegend=False, hovertemplate=f'{n_tried} configs trained in full<extra></extra>'))

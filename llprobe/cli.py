@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse, importlib.metadata, sys, time
 from pathlib import Path
 from typing import Sequence
-from .core import InputError
+from .core import InputError, show_value
 
 # %% auto #0
 __all__ = ['parser', 'run', 'status', 'report', 'datasets', 'explain', 'export', 'main']
@@ -129,7 +129,7 @@ def _write_report(out: Path, details: float) -> Path:
 def _print_table(result: dict, seconds: float) -> None:
     "The answer in a few lines"
     from llprobe.results import summary_rows
-    config = ', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in result['best_config'].items())
+    config = ', '.join(f'{k}={show_value(v)}' for k, v in result['best_config'].items())
     rows = [('data set', result['dataset']), ('chosen config', config), *summary_rows(result), ('wall clock', f'{seconds:.1f} s')]
     width = max(len(name) for name, _ in rows)
     print('\n'+'\n'.join(f'{name:<{width}}  {value}' for name, value in rows)+'\n')

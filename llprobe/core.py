@@ -11,7 +11,7 @@ import numpy as np
 
 # %% auto #0
 __all__ = ['METRICS', 'InputError', 'plain', 'digest', 'derive_seed', 'atomic_path', 'write_json', 'score_key', 'name_scores',
-           'show_score']
+           'show_score', 'show_value']
 
 # %% ../nbs/00_core.ipynb #00core005
 class InputError(ValueError):
@@ -103,3 +103,9 @@ def show_score(
 ) -> str:
     "An accuracy in per cent, R² as a plain number"
     return f'{score:.{digits}%}' if metric == 'accuracy' else f'{score:.{digits+1}f}'
+
+def show_value(
+    value: Any, # Of a hyper-parameter, or another fact
+) -> str:
+    "Four digits of a real number, anything else as it is"
+    return f'{value:.4g}' if isinstance(value, float) else str(value)

@@ -4,13 +4,13 @@
 
 # %% ../nbs/85_explorer.ipynb #85explorer003
 from __future__ import annotations
-import atexit, html, threading, time
+import atexit, contextlib, html, threading, time
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 import ipywidgets as widgets, numpy as np
 from fastcore.basics import patch
 from .charts import curves_chart, parallel_chart, ranking_chart, timeline_chart
-from .core import METRICS, InputError, show_score
+from .core import METRICS, InputError, show_score, show_value
 from .data import Dataset
 from .model_charts import landscape_chart, message_chart, surface_chart
 from .plot_widget import Plot
@@ -117,6 +117,13 @@ class Explorer:
         "Wait for the landscape"
         return self._jobs.wait(timeout)
 
+    @contextlib.contextmanager
+    def _silence(self) -> Iterator[None]:
+        "Set controls without anything following them"
+        before, self._quiet = self._quiet, True
+        try: yield
+        finally: self._quiet = before
+
     def _say(self, where: widgets.HTML, text: str, error: bool = False) -> None:
         where.value = f'<span{" style=color:#D55E00" if error else ""}>{html.escape(text)}</span>'
 
@@ -161,18 +168,17 @@ def _observe(self: Explorer) -> None:
 def _open(self: Explorer, study: StudyReader) -> None:
     "Show another study"
     with self._lock:
-        self.study, self.brushed, self._quiet = study, None, True
+        self.study, self.brushed = study, None
         self._draw_study()
-        self._quiet = False
     self._make_what_if()
     self._focus()
 
 @patch
 def _draw_study(self: Explorer) -> None:
     "Everything that depends on what was recorded so far"
-    study, quiet = self.study, self._quiet
-    with self._lock:
-        self._quiet, config, level = True, self.config.value, self.level.value
+    study = self.study
+    with self._lock, self._silence():
+        config, level = self.config.value, self.level.value
         self._say(self.headline, study.headline())
         levels, ranked = sorted({r['level'] for r in study.probes}), list(study.ranking().index)
         self.level.options = [(f'{l:g}', l) for l in levels] or [('0', 0.0)]
@@ -181,12 +187,11 @@ def _draw_study(self: Explorer) -> None:
         self.config.value = config if config in ranked else (study.best or '')
         self.parallel.show(parallel_chart(study))
         self.timeline.show(timeline_chart(study))
-        self._draw_ranking()
-        self._quiet = quiet
 
 @patch
 def _draw_ranking(self: Explorer, change: Any = None) -> None:
     "The ranking by probes up to the level, and the curves at that level"
+    if self._quiet: return
     highlight = self.brushed if self.brushed is not None else [self.config.value]
     self.ranking.show(ranking_chart(self.study, self.level.value, highlight))
     self.curves.show(curves_chart(self.study, self.level.value, highlight))
@@ -194,13 +199,13 @@ def _draw_ranking(self: Explorer, change: Any = None) -> None:
 @patch
 def _brush(self: Explorer, ranges: list) -> None:
     "Select the configs within all brushed ranges"
-    dimensions = self.parallel.source.data[0].dimensions
-    chosen = np.ones(len(self.parallel.source.data[0].ids), bool)
-    for dimension, limits in zip(dimensions, ranges):
+    [lines] = self.parallel.source.data
+    chosen = np.ones(len(lines.ids), bool)
+    for dimension, limits in zip(lines.dimensions, ranges):
         if limits is None: continue
         limits, values = np.atleast_2d(limits), np.asarray(dimension.values, float)[:, None]
         chosen &= ((limits[:, 0] <= values) & (values <= limits[:, 1])).any(1)
-    self.brushed = None if chosen.all() else [c for c, is_in in zip(self.parallel.source.data[0].ids, chosen) if is_in]
+    self.brushed = None if chosen.all() else [c for c, is_in in zip(lines.ids, chosen) if is_in]
     self._draw_ranking()
 
 @patch
@@ -216,12 +221,11 @@ def _focus(self: Explorer, change: Any = None) -> None:
     if self._quiet: return
     study, config = self.study, self.config.value
     records = [r for r in study.records if r['config_id'] == config and r['status'] == 'ok']
-    values = ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in study.configs.get(config, {}).items())
+    values = ', '.join(f'{k} {show_value(v)}' for k, v in study.configs.get(config, {}).items())
     self._say(self.config_text, values)
-    self._quiet = True
-    self.trained_at.options = [('all data, in full' if r['purpose'] == 'final' else f'level {r["level"]:g}', (r['level'], r['purpose'])) for r in records] or [('never with success', None)]
-    self.trained_at.index = len(self.trained_at.options)-1
-    self._quiet = False
+    with self._silence():
+        self.trained_at.options = [('all data, in full' if r['purpose'] == 'final' else f'level {r["level"]:g}', (r['level'], r['purpose'])) for r in records] or [('never with success', None)]
+        self.trained_at.index = len(self.trained_at.options)-1
     self._set_what_if(config)
     self._draw_ranking()
     self._draw_landscape()
@@ -261,8 +265,7 @@ def _make_what_if(self: Explorer) -> None:
     except InputError as error:
         self.what_if, self.sliders, self.what_if_box.children = None, {}, ()
         return self._say(self.what_if_text, str(error), error=True)
-    show = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v)
-    self.sliders = {name: _control(widgets.SelectionSlider, name, options=[(show(v), v) for v in values])
+    self.sliders = {name: _control(widgets.SelectionSlider, name, options=[(show_value(v), v) for v in values])
                     for name in space.names if len(values := values_of(space, name)) > 1}
     self.varied = max(self.sliders, key=lambda name: getattr(space.configspace[name], 'log', False), default=None) # such as the learning rate
     self.what_if_box.children = tuple(self.sliders.values())
@@ -271,12 +274,11 @@ def _make_what_if(self: Explorer) -> None:
 @patch
 def _set_what_if(self: Explorer, config: str) -> None:
     "Put the sliders where a config is"
-    self._quiet = True
-    for name, slider in self.sliders.items():
-        values = [v for _, v in slider.options]
-        if (value := self.study.configs.get(config, {}).get(name)) is None: continue
-        slider.index = int(np.argmin([abs(v-value) for v in values])) if isinstance(value, (int, float)) and not isinstance(value, bool) else values.index(value)
-    self._quiet = False
+    with self._silence():
+        for name, slider in self.sliders.items():
+            values = [v for _, v in slider.options]
+            if (value := self.study.configs.get(config, {}).get(name)) is None: continue
+            slider.index = int(np.argmin([abs(v-value) for v in values])) if isinstance(value, (int, float)) and not isinstance(value, bool) else values.index(value)
     if self.sliders: self._vary(self.varied)
 
 @patch
@@ -297,6 +299,7 @@ def update(self: Explorer) -> bool: # Whether anything was new
     "Read the study again, and show what is new"
     if not self.study.refresh(): return False
     self._draw_study()
+    self._draw_ranking()
     self._make_what_if()
     self._set_what_if(self.config.value)
     return True

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd, safetensors.torch, torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
-from .core import METRICS, InputError, atomic_path, show_score
+from .core import METRICS, InputError, atomic_path, show_score, show_value
 from .data import Dataset, Split, cache_folder, cached_file, load_dataset, open_dataset
 from .dataset_features import chance_score, part_sizes
 from .features import feature_frame
@@ -26,8 +26,7 @@ __all__ = ['Config', 'Record', 'read_result', 'StudyReader', 'read_study', 'find
 # %% ../nbs/75_reader.ipynb #75reader005
 def _table(values: dict[str, Any]) -> str:
     "Names and values as HTML"
-    show = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v)
-    return '<table>'+''.join(f'<tr><th style="text-align:left">{html.escape(str(k))}</th><td>{html.escape(show(v))}</td></tr>' for k, v in values.items())+'</table>'
+    return '<table>'+''.join(f'<tr><th style="text-align:left">{html.escape(str(k))}</th><td>{html.escape(show_value(v))}</td></tr>' for k, v in values.items())+'</table>'
 
 def _sparkline(values: list[float], width: int = 160, height: int = 40) -> str:
     "A curve as SVG; gaps where it is not finite"
@@ -124,11 +123,13 @@ def refresh(self: StudyReader) -> bool: # Whether anything is new
     "Read what was recorded since"
     with open_store(self.folder/'study.db', create=False, read_only=True) as store:
         [row] = store.studies().to_dict('records')
-        seen = row['n_configs'], row['n_probes'], row['last_finished_at'], (self.folder/'result.json').exists()
+        written = self.folder/'result.json'
+        seen = row['n_configs'], row['n_probes'], row['last_finished_at'], written.stat().st_mtime_ns if written.exists() else None
         if seen == self._seen: return False
         self.configs = {config_id(c): Config(c) for c in store.configs(self.name)}
         self.records, self.frame = [Record(r, metric=self.metric) for r in store.probes(self.name)], store.probe_frame(self.name)
-    self._seen, self._rankings, self.timeline = seen, {}, self._timeline()
+    self._seen, self._rankings, self.timeline, self.result = seen, {}, self._timeline(), None
+    with contextlib.suppress(InputError): self.result = read_result(self.folder) # None while there is none
     return True
 
 @patch(as_prop=True)
@@ -140,6 +141,11 @@ def probes(self: StudyReader) -> list[dict[str, Any]]: # Records, by config in t
 def final(self: StudyReader) -> dict[str, Any]|None:
     "The full training's record"
     return next((r for r in self.records if r['purpose'] == 'final'), None)
+
+@patch(as_prop=True)
+def n_tried(self: StudyReader) -> int:
+    "How many configs have a record"
+    return len({r['config_id'] for r in self.records})
 
 @patch
 def record(self: StudyReader, config: str, level: float, purpose: str = 'probe') -> dict[str, Any]:
@@ -278,12 +284,18 @@ def samples(self: StudyReader,
 
 # %% ../nbs/75_reader.ipynb #75reader01b
 @patch
+def design(self: StudyReader) -> str:
+    "What is studied, in half a sentence"
+    def count(n: int, what: str) -> str: return f'{n} {what}{"s"*(n != 1)}'
+    return (f'{count(len(self.configs), "config")} of {self.space.architecture} on {self.study["dataset"]}, {count(len(self.probes), "probe")} at levels '
+            f'{", ".join(f"{l:g}" for l in self.levels)}, {self.n_epochs} epochs')
+
+@patch
 def headline(self: StudyReader) -> str:
     "The study in one sentence"
     spent, show = self.timeline['fte'].sum(), functools.partial(show_score, metric=self.metric)
     done = f'reached {show(self.final["val_score"])}, tested {show(self.final["test_score"])}' if self.final and self.final['test_score'] is not None else 'not finished'
-    return (f'{len(self.configs)} configs of {self.space.architecture} on {self.study["dataset"]}, {len(self.probes)} probes at levels {", ".join(f"{l:g}" for l in self.levels)}, '
-            f'{self.n_epochs} epochs; {done}; {spent:.2f} full-training equivalents')
+    return f'{self.design()}; {done}; {spent:.2f} full-training equivalents'
 
 @patch
 def configs_frame(self: StudyReader,

@@ -9,12 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple, Sequence
 import jinja2, markupsafe, plotly.graph_objects as go, plotly.offline
-from .charts import (compare_chart, compare_costs_chart, config_curves_chart, confusion_chart, cost_chart, cost_parts, curves_chart, importance_chart, interactions_chart,
-                            landscape_chart, levels_chart, parallel_chart, ranking_chart, responses_chart, study_labels, timeline_chart)
-from .core import METRICS, InputError, atomic_path, show_score
+from .charts import (compare_chart, compare_costs_chart, config_curves_chart, confusion_chart, cost_chart, curves_chart, importance_chart, interactions_chart,
+                            landscape_chart, levels_chart, parallel_chart, ranking_chart, responses_chart, study_labels, timeline_chart, total_cost)
+from .core import METRICS, atomic_path, show_score
 from .details import Details, shown_record, study_details
 from .evaluation import targets_chart
-from .reader import StudyReader, read_result, read_study
+from .reader import StudyReader, read_study
 
 # %% auto #0
 __all__ = ['write_site', 'all_details', 'write_report']
@@ -69,7 +69,7 @@ def _plus_minus(study: StudyReader, mean: float|None, std: float|None) -> str:
 
 def _cost_text(study: StudyReader) -> str:
     "Spent, and what trying all in full would have taken"
-    return f'{sum(cost_parts(study).values()):.2f} of {len({r["config_id"] for r in study.records})} FTE'
+    return f'{total_cost(study):.2f} of {study.n_tried} FTE'
 
 def _study_cards(study: StudyReader) -> list[tuple[str, str]]:
     "The answer at a glance"
@@ -78,12 +78,6 @@ def _study_cards(study: StudyReader) -> list[tuple[str, str]]:
             ('cost, of all in full', _cost_text(study)), ('state', 'finished' if final else 'not finished')]
 
 # %% ../nbs/80_report.ipynb #80report00a
-def _headline(study: StudyReader) -> str:
-    "What was studied"
-    n = len(study.configs)
-    return (f'{n} config{"s"*(n != 1)} of {study.space.architecture} on {study.study["dataset"]}, {len(study.probes)} probe{"s"*(len(study.probes) != 1)} at levels '
-            f'{", ".join(f"{level:g}" for level in study.levels)}, {study.n_epochs} epochs each.')
-
 def _methods(study: StudyReader) -> str:
     "How a study searched"
     s = study.study['settings']
@@ -97,29 +91,32 @@ def _facts(study: StudyReader) -> list[tuple[str, str]]:
             ('search', f'{_methods(study)}; levels {", ".join(f"{l:g}" for l in study.levels)}; subsets {probe["strategy"]}; seed {study.seed}'),
             ('training', ', '.join(f'{k} {v}' for k, v in probe['train'].items())),
             ('begun, last probe', f'{s["created_at"]}, {study.timeline["finished_at"].iloc[-1] if len(study.timeline) else "none yet"}'), ('versions', ', '.join(f'{k} {v}' for k, v in s['versions'].items()))]
-    with contextlib.suppress(InputError):
-        hardware = read_result(study.folder)['hardware']
+    if study.result:
+        hardware = study.result['hardware']
         rows.append(('hardware', f'{hardware["name"]}, {hardware["cores"]} cores, {hardware["device"]}'))
     if sources := s['settings'].get('warm_start'): rows.append(('warm start', ', '.join(f'{w["dataset"]} (fingerprint {w["fingerprint"]})' for w in sources)))
     return rows
 
 # %% ../nbs/80_report.ipynb #80report00b
-def _config_rows(study: StudyReader) -> tuple[list[str], list[list[_Cell]], int|None]: # Columns, rows, position of the best
+def _order(study: StudyReader) -> list[str]: # config_ids
     "All configs, best prediction first, those not probed last"
+    return list(dict.fromkeys([*study.ranking().index, *study.configs]))
+
+def _config_rows(study: StudyReader) -> tuple[list[str], list[list[_Cell]], int|None]: # Columns, rows, position of the best
+    "The table of all configs, in their order"
     ranking, names, rows = study.ranking(), list(study.space.names), []
-    for config in dict.fromkeys([*ranking.index, *study.configs]):
+    for config in (order := _order(study)):
         r = ranking.loc[config] if config in ranking.index else dict(mean=None, std=None, val_score=None, level=None, status='not probed')
         show = _score(study)
         rows.append([_Cell(config[:8], href=f'{config}.html', kind='id'), _number(r['mean'], show), _number(r['std'], show), _number(r['val_score'], show), _number(r['level']), _Cell(r['status']),
                      *(_value(study.configs[config].get(n)) for n in names)])
-    order = list(dict.fromkeys([*ranking.index, *study.configs]))
     return ['config', f'predicted {METRICS[study.metric]}', '±', 'seen', 'at level', 'status', *names], rows, order.index(study.best) if study.best else None
 
 def _ledger(study: StudyReader) -> dict[str, Any]:
     "What was spent where"
     rows = [[_Cell('full training' if r.purpose == 'final' else 'probes'), _number(r.level), _number(r.probes), _number(r.fte, '{:.2f}'.format), _number(r.seconds, '{:.1f}'.format)] for r in study.cost().itertuples()]
-    with contextlib.suppress(InputError):
-        cost = read_result(study.folder)['cost']
+    if study.result:
+        cost = study.result['cost']
         rows.append([_Cell('meta-model'), _number(None), _number(None), _number(cost['fte']['metamodel'], '{:.2f}'.format), _number(cost['seconds']['metamodel'], '{:.1f}'.format)])
     return _table('ledger', 'Cost ledger', ['part', 'level', 'trainings', 'FTE', 'seconds'], rows)
 
@@ -134,7 +131,7 @@ def _study_page(study: StudyReader) -> dict[str, Any]:
     charts = {name: [_chart(*c) for c in group] for name, group in dict(scores=scores, mattered=mattered, search=search).items()}
     charts['parallel'] = _chart(parallel_chart(study), f'Every config across its hyper-parameters, coloured by its {score} at {low}. Drag along an axis to choose.', wide=True)
     columns, rows, best = _config_rows(study)
-    return dict(headline=_headline(study), cards=_study_cards(study), best=study.best, best_values=_values(study, study.best), finished=bool(study.final), charts=charts, facts=_facts(study),
+    return dict(headline=f'{study.design()} each.', cards=_study_cards(study), best=study.best, best_values=_values(study, study.best), finished=bool(study.final), charts=charts, facts=_facts(study),
                 table=_table('configs', 'All configs, best prediction first', columns, rows, best), ledger=_ledger(study))
 
 def _values(study: StudyReader, config: str|None) -> list[tuple[str, str]]:
@@ -186,7 +183,7 @@ def _index_table(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[s
     rows = []
     for study, label, href in zip(studies, study_labels(studies), hrefs):
         show, scores = _score(study), [r['val_score'] for r in study.records if r['val_score'] is not None and math.isfinite(r['val_score'])]
-        spent, last = sum(cost_parts(study).values()), study.timeline['finished_at'].iloc[-1] if len(study.timeline) else study.study['created_at']
+        spent, last = total_cost(study), study.timeline['finished_at'].iloc[-1] if len(study.timeline) else study.study['created_at']
         rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(study.space.architecture), _number(len(study.configs)), _Cell(METRICS[study.metric]), _number(max(scores, default=None), show),
                      _number(_predicted(study, study.best)[0], show), _number(spent, '{:.2f}'.format), _Cell('finished' if study.final else 'not finished'), _Cell(last[:16].replace('T', ' '))])
     return _table('studies', 'Studies', ['study', 'data set', 'architecture', 'configs', 'metric', 'best seen', 'predicted', 'FTE', 'state', 'last probe'], rows)
@@ -196,7 +193,7 @@ def _compare_page(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[
     rows, charts = [], []
     for study, label, href in zip(studies, study_labels(studies), hrefs):
         show, (mean, std), final = _score(study), _predicted(study, study.best), study.final or {}
-        spent, n = sum(cost_parts(study).values()), max(len({r['config_id'] for r in study.records}), 1)
+        spent, n = total_cost(study), max(study.n_tried, 1)
         rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(', '.join(f'{l:g}' for l in study.levels)), _Cell(_methods(study)), _number(mean, show), _number(std, show), _number(final.get('val_score'), show),
                      _number(final.get('test_score'), show), _number(spent, '{:.2f}'.format), _number(spent/n, '{:.0%}'.format)])
     for metric in dict.fromkeys(s.metric for s in studies):
@@ -242,7 +239,7 @@ def write_site(
     _write_assets(out)
     for study, name, label, found in zip(studies, names, study_labels(studies), details):
         page('study.html', f'{name}/index.html', name=label, **_study_page(study))
-        order = list(dict.fromkeys([*study.ranking().index, *study.configs]))
+        order = _order(study)
         for config in order: page('config.html', f'{name}/{config}.html', name=label, **_config_page(study, config, order, found.get(config)))
     hrefs = [f'{name}/index.html' for name in names]
     if len(studies) > 1: page('compare.html', 'compare.html', **_compare_page(studies, hrefs))

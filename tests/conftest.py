@@ -1,5 +1,6 @@
 "What the browser tests share: a headless Chromium that can reach this machine only, and what it saw."
-import json, shutil
+import contextlib, json, os, shutil, signal, socket, subprocess, sys, time
+from pathlib import Path
 import pytest
 
 def pytest_configure(config): config.addinivalue_line('markers', 'browser: drives Chromium; skipped unless chromium and chromedriver are installed')
@@ -36,3 +37,30 @@ def foreign_requests(driver) -> list[str]: # Since the last call
 def console_errors(driver) -> list[str]: # Since the last call
     "What pages complained of"
     return [entry['message'] for entry in driver.get_log('browser') if entry['level'] == 'SEVERE']
+
+@contextlib.contextmanager
+def serving(*args: str, port_option: str, seconds: float = 90, **environment: str): # Yields the address
+    "Run a server of Jupyter's on a free port of the loopback until the block ends"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    process = subprocess.Popen([sys.executable, '-m', *args, f'--{port_option}={port}'], cwd=Path(__file__).parents[1], env=dict(os.environ, OMP_NUM_THREADS='1') | environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        end = time.monotonic()+seconds
+        while True: # a request would already start a kernel
+            with contextlib.suppress(OSError):
+                socket.create_connection(('127.0.0.1', port), 1).close()
+                break
+            assert process.poll() is None and time.monotonic() < end, 'the server did not start'
+            time.sleep(0.3)
+        yield f'http://127.0.0.1:{port}'
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+def serving_lab(folder: Path, **environment: str): # As `serving`
+    "JupyterLab on a folder, without the user's settings"
+    own = {f'JUPYTER_{name}_DIR': str(folder/f'.{name}') for name in ('CONFIG', 'DATA', 'RUNTIME')}
+    return serving('jupyterlab', '--no-browser', '--ip=127.0.0.1', '--allow-root', '--IdentityProvider.token=', '--LabApp.news_url=None',
+                   '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', f'--ServerApp.root_dir={folder}', port_option='ServerApp.port', **own, **environment)

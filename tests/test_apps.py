@@ -1,12 +1,12 @@
 "The explorer in a real browser: through Voilà and in JupyterLab, without any request that leaves the machine."
-import contextlib, os, shutil, signal, socket, subprocess, sys, time
+import shutil, time
 from pathlib import Path
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from conftest import console_errors, foreign_requests
+from conftest import console_errors, foreign_requests, serving, serving_lab
 from llprobe.probe import ProbeSettings
 from llprobe.study import StudySettings, run_study
 from llprobe.training import TrainSettings
@@ -22,27 +22,6 @@ def studies(tmp_path_factory):
     settings = StudySettings(levels=(0.1, 0.2), n_configs=8, probe=ProbeSettings(train=TrainSettings(n_epochs=4)))
     run_study('digits', folder/'<b>small', settings=settings, n_workers=2, progress=False)
     return folder
-
-@contextlib.contextmanager
-def serving(args, port_option, path, studies, timeout=90):
-    "Run a Jupyter server on a free port of the loopback until the block ends"
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = dict(os.environ, JUPYTER_PATH=str(ROOT/'nbs/apps/share'), LLPROBE_STUDIES=str(studies), OMP_NUM_THREADS='1')
-    process = subprocess.Popen([sys.executable, '-m', *args, f'--{port_option}={port}'], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        end = time.monotonic()+timeout
-        while True: # a request would already start a kernel
-            with contextlib.suppress(OSError):
-                socket.create_connection(('127.0.0.1', port), 1).close()
-                break
-            assert process.poll() is None and time.monotonic() < end, 'the server did not start'
-            time.sleep(0.3)
-        yield f'http://127.0.0.1:{port}{path}'
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
 
 def wait(driver, condition, seconds=120): return WebDriverWait(driver, seconds, ignored_exceptions=[Exception]).until(condition)
 def text(driver, name): return driver.find_element(By.CSS_SELECTOR, f'.llprobe-{name}').text
@@ -84,16 +63,14 @@ def drive(driver):
     assert foreign_requests(driver) == [] and console_errors(driver) == []
 
 def test_voila(driver, studies):
-    with serving(['voila', str(NOTEBOOK), '--no-browser', '--Voila.ip=127.0.0.1', '--template=offline'], 'port', '/', studies) as url:
-        driver.get(url)
+    with serving('voila', str(NOTEBOOK), '--no-browser', '--Voila.ip=127.0.0.1', '--template=offline', port_option='port', JUPYTER_PATH=str(ROOT/'nbs/apps/share'), LLPROBE_STUDIES=str(studies)) as url:
+        driver.get(f'{url}/')
         drive(driver)
 
 def test_lab(driver, studies, tmp_path):
     shutil.copy(NOTEBOOK, tmp_path)
-    args = ['jupyterlab', '--no-browser', '--ip=127.0.0.1', '--allow-root', '--IdentityProvider.token=', '--LabApp.news_url=None',
-            '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', f'--ServerApp.root_dir={tmp_path}']
-    with serving(args, 'ServerApp.port', '/lab/tree/explore.ipynb?reset', studies) as url:
-        driver.get(url)
+    with serving_lab(tmp_path, LLPROBE_STUDIES=str(studies)) as url:
+        driver.get(f'{url}/lab/tree/explore.ipynb?reset')
         wait(driver, lambda d: d.find_elements(By.CSS_SELECTOR, '.jp-Notebook .jp-CodeCell'))
         wait(driver, lambda d: '| Idle' in d.find_element(By.ID, 'jp-main-statusbar').text) # a run sent earlier is lost
         driver.find_element(By.XPATH, '//*[contains(@class,"lm-MenuBar-itemLabel") and text()="Run"]').click()

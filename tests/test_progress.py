@@ -1,11 +1,8 @@
 "Bars where they are seen: a real terminal, a redirected process, a notebook under papermill, a notebook in JupyterLab."
-import contextlib
 import os
 import pty
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +11,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from conftest import serving_lab
 from nbformat.v4 import new_code_cell, new_notebook
 
 LOOP = '''
@@ -123,48 +121,26 @@ def lab(tmp_path):
     "The address of a JupyterLab that serves a notebook of one cell"
     notebook = new_notebook(cells=[new_code_cell(CELL)], metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
     nbformat.write(notebook, tmp_path/'bar.ipynb')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    folders = {f'JUPYTER_{name}_DIR': str(tmp_path/f'.{name}') for name in ('CONFIG', 'DATA', 'RUNTIME')}
-    options = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=', f'--ServerApp.root_dir={tmp_path}']
-    server = subprocess.Popen([sys.executable, '-m', 'jupyter', 'lab', *options], env=dict(os.environ, **folders), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    end = time.monotonic()+60
-    while time.monotonic() < end and server.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port)):
-            break
-        time.sleep(0.2)
-    yield f'http://127.0.0.1:{port}/lab/tree/bar.ipynb?reset'
-    server.terminate()
-    server.wait()
+    with serving_lab(tmp_path) as url:
+        yield f'{url}/lab/tree/bar.ipynb?reset'
 
 
-def test_a_person_in_jupyterlab_sees_the_widget(lab):
-    webdriver = pytest.importorskip('selenium.webdriver')
-    browser, driver = shutil.which('chromium'), shutil.which('chromedriver')
-    if not browser or not driver:
-        pytest.skip('needs chromium and chromedriver')
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--no-proxy-server'):
-        options.add_argument(flag)
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+@pytest.mark.browser
+def test_a_person_in_jupyterlab_sees_the_widget(lab, driver):
+    from selenium.webdriver import ActionChains
     def until(function):
         end = time.monotonic()+60
         while not (found := function()) and time.monotonic() < end:
             time.sleep(0.3)
         return found
     def texts(selector):
-        return [element.text for element in chrome.find_elements('css selector', selector)]
-    try:
-        chrome.get(lab)
-        assert until(lambda: '| Idle' in ' '.join(texts('body')))
-        chrome.find_element('css selector', '.jp-Notebook .cm-content').click()
-        webdriver.ActionChains(chrome).key_down('\ue008').send_keys('\ue007').key_up('\ue008').perform()  # Shift and Enter
-        assert until(lambda: 'done' in texts('.jp-OutputArea-output'))
-        [bar] = texts('.jp-OutputArea-output .widget-hbox')
-        assert len(chrome.find_elements('css selector', '.jp-OutputArea-output .progress-bar')) == 1
-        assert re.match(r'level 0\.1, 20/20 probes 100%\s+best 50\.0% \[00:0\d<00:00\]', bar.replace('\u2007', ' '))
-        assert len(texts('.jp-OutputArea-output')) == 2  # the widget, and what was printed
-    finally:
-        chrome.quit()
+        return [element.text for element in driver.find_elements('css selector', selector)]
+    driver.get(lab)
+    assert until(lambda: '| Idle' in ' '.join(texts('body')))
+    driver.find_element('css selector', '.jp-Notebook .cm-content').click()
+    ActionChains(driver).key_down('\ue008').send_keys('\ue007').key_up('\ue008').perform()  # Shift and Enter
+    assert until(lambda: 'done' in texts('.jp-OutputArea-output'))
+    [bar] = texts('.jp-OutputArea-output .widget-hbox')
+    assert len(driver.find_elements('css selector', '.jp-OutputArea-output .progress-bar')) == 1
+    assert re.match(r'level 0\.1, 20/20 probes 100%\s+best 50\.0% \[00:0\d<00:00\]', bar.replace('\u2007', ' '))
+    assert len(texts('.jp-OutputArea-output')) == 2  # the widget, and what was printed

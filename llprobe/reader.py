@@ -129,7 +129,8 @@ def refresh(self: StudyReader) -> bool: # Whether anything is new
         self.configs = {config_id(c): Config(c) for c in store.configs(self.name)}
         self.records, self.frame = [Record(r, metric=self.metric) for r in store.probes(self.name)], store.probe_frame(self.name)
     self._seen, self._rankings, self.timeline, self.result = seen, {}, self._timeline(), None
-    with contextlib.suppress(InputError): self.result = read_result(self.folder) # None while there is none
+    if self.final: # probes alone may have left a result.json without a choice
+        with contextlib.suppress(InputError): self.result = read_result(self.folder)
     return True
 
 @patch(as_prop=True)

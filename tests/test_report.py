@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import console_errors, foreign_requests
 
+from llprobe.core import write_json
 from llprobe.data import from_arrays
 from llprobe.probe import ProbeSettings
 from llprobe.reader import read_study
@@ -322,3 +323,10 @@ def test_the_server_answers_this_machine_for_the_site_alone(running):
         taken = subprocess.run([sys.executable, '-m', 'llprobe.cli', 'report', running, '--serve', '--port', port], capture_output=True, text=True)
         assert taken.returncode == 2 and 'choose another' in taken.stderr and taken.stderr.count('\n') == 1
     assert process.returncode == 130 and process.poll() is not None
+
+
+def test_probes_alone_have_a_site_too(running):
+    "An experiment's folder has a result.json without a choice or a cost"
+    write_json(running/'result.json', run_probes('digits', running, SPACE, settings(levels=(0.1,), n_configs=3), n_workers=1, progress=False))
+    page = write_report(running, running/'site', 0)
+    assert 'not finished' in page.read_text() and (running/'site'/'digits'/'index.html').exists()

@@ -13,7 +13,8 @@ from .core import InputError, derive_seed
 from .surrogate import FidelityGP, expected_improvement, one_thread
 
 # %% auto #0
-__all__ = ['Rung', 'make_ladder', 'step_cost', 'expected_maximum', 'best_start', 'Step', 'AdaptiveSearch', 'maximise']
+__all__ = ['Rung', 'make_ladder', 'pause_epochs', 'step_cost', 'expected_maximum', 'best_start', 'Step', 'AdaptiveSearch',
+           'maximise']
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive005
 @dataclass(frozen=True)
@@ -26,12 +27,21 @@ class Rung:
 def make_ladder(
     levels: Sequence[float], # In (0, 1]
     epochs: Sequence[int], # At which a training may pause; the last is where it ends
-    overhead: float = 0.0, # Cost in full trainings of each finished training at a level below 1, for validation and perturbation
-) -> list[Rung]: # By cost
-    "Pauses at the lowest level, whole trainings at the others, and pauses again at level 1"
+    validation: float = 0.0, # Cost in full trainings of what each training at a level below 1 pays besides, epoch by epoch
+    overhead: float = 0.0, # Cost in full trainings of what it pays once, at its end
+) -> list[Rung]: # By level, then epochs
+    "Every pause at every level"
     levels, epochs = sorted(levels), sorted(epochs)
-    def rung(level: float, e: int) -> Rung: return Rung(level, e, level*e/epochs[-1]+overhead*(level < 1 and e == epochs[-1]))
-    return [rung(level, e) for level in levels for e in (epochs if level in (levels[0], 1.0) else epochs[-1:])]
+    def cost(level: float, e: int) -> float: return (level+validation*(level < 1))*e/epochs[-1]+overhead*(level < 1 and e == epochs[-1])
+    return [Rung(level, e, cost(level, e)) for level in levels for e in epochs]
+
+def pause_epochs(
+    n_epochs: int, # Of a whole training
+    shares: Sequence[float] = (1/3, 2/3), # Of its epochs, in (0, 1)
+) -> list[int]: # Ascending; the last is `n_epochs`
+    "The epochs after which a training may pause, and its end"
+    if wrong := [share for share in shares if not 0 < share < 1]: raise InputError(f'pauses must be shares of the epochs in (0, 1), got {wrong[0]:g}')
+    return sorted({max(1, round(n_epochs*share)) for share in shares} | {n_epochs})
 
 def step_cost(
     ladder: Sequence[Rung],
@@ -86,13 +96,13 @@ class AdaptiveSearch:
         sources: np.ndarray|None = None, # (s, n) what other tasks predict of each candidate, on any scale
         budget: float = np.inf, # In full trainings, never exceeded; the last of it goes to the candidate predicted to be best, in full
         min_improvement: float = 0.0, # Stop when no candidate is expected to improve by more
-        full_share: float|None = None, # Of the cost that goes to the highest level, at least, for the candidate predicted to be best there; by default 0.5 without a budget, and 0 within one
+        full_share: float|None = None, # Of the cost that goes to the highest level, at least, for the candidate predicted to be best there; by default 0.6 without a budget, and 0 within one
         choose_levels: bool = False, # Begin candidates at the rung that a pilot shows to be worth its cost, instead of at the lowest?
     ):
         encoded = np.asarray(encoded, float)
         if encoded.ndim != 2 or len(encoded) < 2: raise InputError(f'a search needs at least 2 candidates, got an array of shape {encoded.shape}')
         if lag < 1: raise InputError(f'lag must be at least 1, got {lag}')
-        full_share = (0.5 if np.isinf(budget) else 0.0) if full_share is None else full_share
+        full_share = (0.6 if np.isinf(budget) else 0.0) if full_share is None else full_share
         if not 0 <= full_share < 1: raise InputError(f'full_share must be in [0, 1), got {full_share:g}')
         if not budget > 0: raise InputError(f'budget must be above 0, got {budget:g}')
         if sources is not None and len(sources): # one more column: the process learns what it is worth
@@ -143,14 +153,17 @@ def tell(self: AdaptiveSearch,
 
 @patch
 def ask(self: AdaptiveSearch) -> list[Step]: # Empty when the search has finished
-    "All steps that may run now and were not told yet"
+    "All steps that may run now and were not told yet; one that continues another waits for it"
     while not self.finished:
         told = next((k for k in range(len(self.steps)) if k not in self.results), len(self.steps))
         if len(self.steps)-told >= self.lag: break
         with one_thread(): step = self._decide(len(self.steps))
         if step is None: self.finished = True
         else: self.steps.append(step)
-    return [s for s in self.steps if s.number not in self.results]
+    waiting: dict[int, Step] = {}
+    for s in self.steps:
+        if s.number not in self.results: waiting.setdefault(s.candidate, s)
+    return list(waiting.values())
 
 @patch(as_prop=True)
 def spent(self: AdaptiveSearch) -> float: # In full trainings

@@ -23,8 +23,8 @@ from .training import TrainResult, TrainSettings, isolated, network_samples, res
 
 # %% auto #0
 __all__ = ['FORWARDS_PER_TRAIN_SAMPLE', 'ProbeSettings', 'ProbeTask', 'load_split', 'task_split', 'task_indices',
-           'measured_samples', 'task_model', 'pack_weights', 'train_tasks', 'run_probes', 'run_probe', 'crashed_record',
-           'full_training_equivalents']
+           'measured_samples', 'task_model', 'pack_weights', 'train_tasks', 'run_probes', 'run_probe', 'ended',
+           'crashed_record', 'full_training_equivalents']
 
 # %% ../nbs/40_probe.ipynb #40probe005
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class ProbeTask:
     seed: int = 0             # The study's seed
     purpose: str = 'probe'    # 'probe', or 'final' for the full training that is tested once
     settings: ProbeSettings = ProbeSettings()
-    checkpoint: str|None = None # File that the training is continued from, if it exists, and kept in after every epoch
+    checkpoint: str|None = None # File that the training is continued from, if it exists, and kept in
+    pause: int|None = None    # Epochs after which the training stops for now, in the checkpoint; of llprobe's own loop only
 
 # %% ../nbs/40_probe.ipynb #40probe007
 @functools.lru_cache(maxsize=4)
@@ -135,7 +136,7 @@ def train_tasks(
     if s.training is not None: return [run_training(s.training, t.config, split, indices, t.level, s.train, t.seed, on_epoch) for t in tasks]
     models = [task_model(t) for t in tasks]
     if len(tasks) > 1: return list(zip(models, train_stack(models, [t.config for t in tasks], split, indices, s.train, first.seed)))
-    return [(models[0], train(models[0], first.config, split, indices, s.train, first.seed, on_epoch, first.checkpoint))]
+    return [(models[0], train(models[0], first.config, split, indices, s.train, first.seed, on_epoch, first.checkpoint, first.pause))]
 
 def _finish(task: ProbeTask, model: torch.nn.Module, result: TrainResult) -> dict[str, Any]:
     "Perturb or test what was trained, and write the record"
@@ -179,6 +180,12 @@ def _test(task: ProbeTask, model: torch.nn.Module) -> dict[str, float]:
     return dict(test_score=scores[split.dataset.metric], test_loss=scores['loss'])
 
 # %% ../nbs/40_probe.ipynb #40probe011
+def ended(
+    records: Iterable[dict], # Probe records
+) -> list[dict]: # In their order
+    "Those that are not paused: what is known of their level is known"
+    return [r for r in records if r['status'] != 'paused']
+
 def crashed_record(
     task: ProbeTask,
     error: str, # What happened, in one line

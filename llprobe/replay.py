@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .adaptive import AdaptiveSearch, Rung
+from .adaptive import AdaptiveSearch, Rung, pause_epochs
 from .core import InputError, digest
 
 # %% auto #0
@@ -206,8 +206,9 @@ def ladder(
     resource = table.levels if several else table.epochs.astype(float)
     low = resource[0] if several else max(lowest, resource[0])
     steps = round(math.log(resource[-1]/low, ETA))
-    rungs = sorted({int(np.abs(resource-resource[-1]/ETA**k).argmin()) for k in range(steps+1)})
-    return [(rung, len(table.epochs)-1) if several else (0, rung) for rung in rungs]
+    rungs, last = sorted({int(np.abs(resource-resource[-1]/ETA**k).argmin()) for k in range(steps+1)}), len(table.epochs)-1
+    early = [(0, e) for e in [int(np.abs(table.epochs-table.epochs[-1]/ETA).argmin())] if several and e < last]
+    return early+[(rung, last) if several else (0, rung) for rung in rungs]
 
 def rung_cost(table: ReplayTable, rung: tuple[int, int]) -> float: # FTE, the mean over configs
     "What training from scratch up to a rung costs"
@@ -273,7 +274,8 @@ def search_ladder(
 ) -> list[tuple[int, int]]: # (level index, epoch index) of each rung
     "The rungs of an adaptive search on a table"
     n_levels, n_epochs = table.score.shape[1:]
-    if n_levels > 1: return [(level, n_epochs-1) for level in range(n_levels)]
+    pauses = sorted({int(np.abs(table.epochs-e).argmin()) for e in pause_epochs(table.epochs[-1])})
+    if n_levels > 1: return [*((level, e) for level in range(n_levels-1) for e in pauses), (n_levels-1, n_epochs-1)]
     epochs = [2]
     while epochs[-1] < table.epochs[-1]: epochs.append(max(epochs[-1]+1, round(1.5*epochs[-1])))
     return [(0, e) for e in sorted({int(np.abs(table.epochs-e).argmin()) for e in epochs})]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Sequence
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .adaptive import AdaptiveSearch, Rung
+from .adaptive import AdaptiveSearch, make_ladder
 from .core import InputError
 from .features import feature_frame
 from .metamodel import MetaModel
+from .probe import ended
 from .space import SearchSpace, config_id
 
 # %% auto #0
@@ -25,6 +26,7 @@ class Trial:
     config: dict        # Hyper-parameters
     level: float        # In (0, 1]
     purpose: str        # 'probe', or 'final' for the full training of the predicted best
+    epochs: int|None = None # Where to pause, or end; None for all epochs in one go
 
     @property
     def key(self) -> tuple[str, float, str]: # What identifies its record
@@ -79,10 +81,10 @@ def tell(self: Search,
 
 @patch
 def frame(self: Search) -> pd.DataFrame: # From `features.feature_frame`
-    "All records in an order that does not depend on when they were told"
+    "All records but paused ones, in an order that does not depend on when they were told"
     position = {c: i for i, c in enumerate(self.configs)}
     keys = sorted(self.records, key=lambda k: (position[k[0]], k[1], k[2] == 'final'))
-    return feature_frame([self.records[k] for k in keys], self.space, self.data_features)
+    return feature_frame(ended(self.records[k] for k in keys), self.space, self.data_features)
 
 # %% ../nbs/60_search.ipynb #60search009
 @patch
@@ -138,14 +140,15 @@ class BudgetSearch(Search):
         budget: float, # In full trainings, with the last full training
         levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4),
         data_features: dict[str, float]|None = None, # Passed on to the features
-        overhead: float = 0.0, # Cost of each probe besides its training, in full trainings
+        epochs: Sequence[int] = (1,), # After which a training may pause; the last is its end
+        validation: float = 0.0, # Cost of each whole training's curve, in full trainings
+        overhead: float = 0.0, # Cost of what each probe pays once, at its end
         **options: Any, # Of `adaptive.AdaptiveSearch`
     ):
         super().__init__(space, configs, metamodel, levels, 1.0, data_features)
-        self.budget, self.last_stage = budget, 'after the budget'
-        dearest = max(self.levels)+overhead
+        ladder = make_ladder(self.levels, epochs, validation, overhead)
+        self.budget, self.last_stage, self.n_epochs, dearest = budget, 'after the budget', max(epochs), ladder[-1].cost
         if budget < 1+dearest: raise InputError(f'budget must be at least {1+dearest:.3g}, for one probe at level {max(self.levels):g} and the full training, got {budget:g}')
-        ladder = [Rung(level, 1, level+overhead) for level in self.levels]
         self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-1, **options)
 
     def rung_sizes(self) -> list[int]: # Empty: it depends on what is found
@@ -154,14 +157,19 @@ class BudgetSearch(Search):
 
     def ask(self) -> list[Trial]: # Empty when the full training is in
         "What may run now"
-        ids = list(self.configs)
+        configs = list(self.configs.values())
         while steps := self.adaptive.ask():
-            keys = {s.number: (ids[s.candidate], self.levels[s.rung], 'probe') for s in steps}
-            if not any(key in self.records for key in keys.values()): return [Trial(self.configs[key[0]], *key[1:]) for key in keys.values()]
-            for number, key in keys.items():
-                if key in self.records: self.adaptive.tell(number, self._score(self.records[key]))
+            rungs = [self.adaptive.ladder[s.rung] for s in steps]
+            trials = [Trial(configs[s.candidate], rung.level, 'probe', rung.epochs if self.n_epochs > 1 else None) for s, rung in zip(steps, rungs)]
+            known = {s.number: score for s, t in zip(steps, trials) if (score := self._score(t)) is not None}
+            if not known: return trials
+            for number, score in known.items(): self.adaptive.tell(number, score)
         if self.last_stage not in self.predictions: self._predict(self.last_stage)
         return [t for t in [Trial(self.configs[self.best], 1.0, 'final')] if t.key not in self.records]
 
-    def _score(self, record: dict) -> float: # NaN for a failure
+    def _score(self, trial: Trial) -> float|None: # NaN for a failure; None if it has not come so far
+        "What a trial gave"
+        record, end = self.records.get(trial.key), trial.epochs or self.n_epochs
+        if record and end < self.n_epochs and end <= len(record['curve']): return record['curve'][end-1]['val_score']
+        if not ended([record] if record else []): return None
         return record['val_score'] if record['status'] == 'ok' else np.nan

@@ -37,7 +37,7 @@ def _now() -> str:
 
 # %% ../nbs/41_store.ipynb #41store00b
 SCHEMA_VERSION = 2 # Raised by one whenever older code could no longer read or write the tables
-STATUSES, PURPOSES = ('ok', 'diverged', 'crashed'), ('probe', 'final')
+STATUSES, PURPOSES = ('ok', 'diverged', 'crashed', 'paused'), ('probe', 'final')
 METADATA = sa.MetaData()
 
 def _table(name: str, *items: Any, **kwargs: Any) -> sa.Table:
@@ -314,13 +314,22 @@ def configs(self: Store, study: int|str) -> list[dict[str, Any]]: # Hyper-parame
     with self._begin() as connection: return list(connection.scalars(query))
 
 # %% ../nbs/41_store.ipynb #41store02a
+def _make_room(connection: sa.Connection, same: list, status: str, n_epochs: int) -> bool: # Whether the probe may be inserted
+    "Delete the record of a probe that was paused and went on"
+    known = connection.execute(sa.select(PROBE.c.id, PROBE.c.status).where(*same)).first()
+    if known is None: return True
+    before = connection.scalar(sa.select(sa.func.count()).select_from(CURVE).where(CURVE.c.probe_id == known.id))
+    if known.status != 'paused' or (status == 'paused' and n_epochs <= before): return False
+    for table, key in ((CURVE, CURVE.c.probe_id), (RESPONSE, RESPONSE.c.probe_id), (PROBE, PROBE.c.id)): connection.execute(sa.delete(table).where(key == known.id))
+    return True
+
 @patch_to(Store)
 def add_probe(
     self: Store,
     study: int|str, # Id or name
     record: dict[str, Any], # The probe's columns, `config`, and the lists `curve` and `responses` of dicts
-) -> bool: # False if the store had this probe (config, level, seed, purpose) already; then the first stays
-    "Commit one finished probe, all or nothing"
+) -> bool: # False if the store had this probe (config, level, seed, purpose) already, unless paused after fewer epochs; then the first stays
+    "Commit one probe, all or nothing"
     parts = {CURVE: record.get('curve') or [], RESPONSE: record.get('responses') or []}
     head = {key: value for key, value in record.items() if key not in ('config', 'curve', 'responses')}
     for key, allowed in dict(status=STATUSES, purpose=PURPOSES).items():
@@ -329,7 +338,7 @@ def add_probe(
     parts[RESPONSE] = [dict(part, position=n) for n, part in enumerate(parts[RESPONSE])]
     with self._begin(write=True) as connection:
         same = [PROBE.c[key] == row[key] for key in ('study_id', 'config_id', 'level', 'seed', 'purpose')]
-        if connection.scalar(sa.select(PROBE.c.id).where(*same)) is not None: return False
+        if not _make_room(connection, same, row['status'], len(parts[CURVE])): return False
         probe_id = connection.execute(sa.insert(PROBE), row).inserted_primary_key[0]
         for table, rows in parts.items():
             if rows: connection.execute(sa.insert(table), [_row(table, probe_id=probe_id, **part) for part in rows])

@@ -4,13 +4,15 @@
 
 # %% ../nbs/61_study.ipynb #61study003
 from __future__ import annotations
-import contextlib, errno, functools, importlib.metadata, platform, sys, tempfile, warnings
+import contextlib, errno, functools, importlib.metadata, platform, shutil, sys, tempfile, warnings
 from collections import Counter
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 import numpy as np, torch
+from .adaptive import pause_epochs
+from .checkpoint import prune_checkpoints
 from .core import InputError, atomic_path, name_scores, plain, show_score, write_json
 from .custom_training import check_training
 from .data import Dataset, Split, cached_file, load_dataset
@@ -20,7 +22,7 @@ from .metamodel import PowerLawModel
 from .models import architecture_hyperparameters, architecture_name, build_model, forward_flops, function_name
 from .optimization import DEFAULTS, resolve_config
 from .population import METHODS, default_workers, probe_population
-from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
+from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, ended, full_training_equivalents, load_split, run_probe, task_indices
 from .progress import between_bars, progress_bar
 from .search import BudgetSearch, Search, Trial, check_levels
 from .space import SearchSpace, config_id, default_space
@@ -45,16 +47,23 @@ class StudySettings:
     budget: float|None = None # In full trainings, the last one included: search within it (`search.BudgetSearch`) in place of successive levels
     pool: int = 512          # Candidates of a search within a budget, or of a warm start
     choose_levels: bool = False # Within a budget: let a pilot choose the level that configs begin at?
+    pauses: tuple[float, ...] = (1/3, 2/3) # Within a budget: shares of the epochs after which a probe may pause, to be continued if it is promising; not with a training of one's own
     population: str|None = None # One of `population.METHODS`; None is 'auto' on a GPU, and 'alone' on a CPU, where a resumed study then has the bits of an uninterrupted one
 
     warm_start: tuple[str|Path|dict[str, str], ...] = () # Folders of other studies to learn from; of an opened study what names them, such as their data sets
+
+    @property
+    def epochs(self) -> list[int]: # The last is the end
+        "After how many epochs a probe may pause, within a budget"
+        return pause_epochs(self.probe.train.n_epochs, () if self.probe.training else self.pauses)
 
     def to_dict(self) -> dict[str, Any]: # JSON-ready; the device is left out, since it is the machine's
         "The settings as plain values"
         values = asdict(self)
         del values['probe']['train']['device'], values['probe']['train']['n_threads']
-        for name in ('budget', 'pool', 'choose_levels') if self.budget is None else ('n_configs', 'promote'): # without a say
+        for name in ('budget', 'pool', 'choose_levels', 'pauses') if self.budget is None else ('n_configs', 'promote'): # without a say
             if name != 'pool' or not self.warm_start: del values[name]
+        if self.budget is not None and len(self.epochs) == 1: del values['pauses'] # as in studies from before there was a choice
         if not self.warm_start: del values['warm_start'] # as in studies from before there was a choice
         if self.probe.architecture is not None: values['probe']['architecture'] = architecture_name(self.probe.architecture)
         if self.probe.training is None: del values['probe']['training'] # as in studies from before there was a choice
@@ -115,16 +124,26 @@ class Study:
     search: Search
     trackers: list[Any] = field(default_factory=list) # Each a `tracking.Tracker`
 
+    @property
+    def paused(self) -> Path: # Of checkpoints
+        "Where trainings wait for being continued"
+        return self.out/'paused'
+
     def task(self, trial: Trial) -> ProbeTask:
         "The probe a trial stands for"
-        return ProbeTask(self.data_path, trial.config, trial.level, self.settings.seed, trial.purpose, self.settings.probe)
+        checkpoint = str(self.paused/f'{config_id(trial.config)}-{trial.level:g}.safetensors') if trial.epochs else None
+        return ProbeTask(self.data_path, trial.config, trial.level, self.settings.seed, trial.purpose, self.settings.probe, checkpoint, trial.epochs)
 
-    def take(self, record: dict[str, Any]) -> None:
-        "Commit a finished probe, then tell the search"
+    def take(self,
+        record: dict[str, Any],
+        anew: bool = False, # If it was paused before: did it begin again, for want of its checkpoint?
+    ) -> None:
+        "Commit a probe, then tell the search"
+        if before := self.search.records.get((record['config_id'], record['level'], record['purpose'])): record = _went_on(before, record, anew)
         self.store.add_configs(self.name, [record['config']]) # of a pool only those that were tried
         self.store.add_probe(self.name, record)
         self.search.tell(record)
-        self.track('log', record)
+        if ended([record]): self.track('log', record)
 
     def track(self, step: str, *arguments: Any) -> None:
         "Tell the trackers; one that fails is left out from then on, and the study goes on"
@@ -135,6 +154,13 @@ class Study:
                 self.trackers.remove(tracker)
                 reason = f'{type(e).__name__}: {e}'.splitlines()[0]
                 with between_bars(): warnings.warn(f'{tracker} failed ({reason}) and is left out from now on; log_study can add what it missed', stacklevel=2)
+
+# %% ../nbs/61_study.ipynb #61studyn00
+def _went_on(before: dict[str, Any], record: dict[str, Any], anew: bool) -> dict[str, Any]:
+    "The record of a probe that was paused: a crash keeps what was seen, and what was trained twice is paid twice"
+    crashed = record['status'] == 'crashed'
+    costs = {name: before[name]+record[name] for name in ('train_samples', 'forward_samples', 'seconds')} if anew or crashed else {}
+    return record | costs | (dict(curve=before['curve']) if crashed else {})
 
 # %% ../nbs/61_study.ipynb #61study00d
 def versions() -> dict[str, str]: # Version by package
@@ -150,6 +176,7 @@ def hardware(device: str = 'auto') -> dict[str, Any]: # device, name, cores
     return dict(device=kind.type, name=name, cores=default_workers('cpu'))
 
 # %% ../nbs/61_study.ipynb #61study00f
+_KEPT = 64 # Checkpoints of paused probes; without its own a probe begins again, and is charged for that
 _LAG = 4 # Probes of a search within a budget that may run at once: the same on every machine, since decisions depend on it
 
 def _candidates(space: SearchSpace, settings: StudySettings) -> list[dict]:
@@ -157,20 +184,21 @@ def _candidates(space: SearchSpace, settings: StudySettings) -> list[dict]:
     if settings.budget is None: return space.sample(settings.n_configs, settings.seed, settings.design)
     return space.sample(space.count(settings.pool), settings.seed, settings.design)
 
-def _overhead(split: Split, settings: StudySettings) -> float: # In full trainings
+def _overheads(split: Split, settings: StudySettings) -> tuple[float, float]: # In full trainings: along the epochs, and at the end
     "What a probe costs besides its training: validation, and the responses"
     s = settings.probe
-    curve = settings.probe.train.n_epochs*min(s.train.n_curve_samples, len(split.val))
+    curve = s.train.n_epochs*min(s.train.n_curve_samples, len(split.val))
     samples = sum(min(s.n_response_samples, round(n)) for n in (len(split.val), max(settings.levels)*len(split.train)))
     responses = samples*(1+len(s.radii)*s.n_directions+4*len(s.sam_radii))
-    return (curve+len(split.val)+responses)/FORWARDS_PER_TRAIN_SAMPLE/(len(split.train)*s.train.n_epochs)
+    full = FORWARDS_PER_TRAIN_SAMPLE*len(split.train)*s.train.n_epochs
+    return curve/full, (len(split.val)+responses)/full
 
 def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], split: Split, features: dict[str, float], start: WarmStart|None) -> Search:
     "Within the budget, or by successive levels"
     n, chance = len(split.val), split.dataset.chance_score
     model = PowerLawModel(n, chance, **(dict(prior=start.prior) if start and start.prior else {}))
     if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features)
-    return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, _overhead(split, settings),
+    return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, settings.epochs, *_overheads(split, settings),
                         seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
                         sources=np.array(start.predictions) if start and start.predictions else None)
 
@@ -235,7 +263,7 @@ def _fte(study: Study, records: Iterable[dict]) -> float:
 def _standing(study: Study) -> dict[str, Any]: # For the bar's `show`
     "How far the probes are"
     records, sizes, levels = [r for r in study.search.records.values() if r['purpose'] == 'probe'], study.search.rung_sizes(), study.settings.levels
-    spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), _overhead(study.split, study.settings)
+    spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), sum(_overheads(study.split, study.settings))
     left = sum((size-done[level])*(level+overhead) for level, size in zip(levels, sizes))
     planned = spent+left if sizes else max(spent, study.settings.budget-1)
     scores = [r['val_score'] for r in records if r['status'] == 'ok']
@@ -258,12 +286,15 @@ def _method(settings: StudySettings) -> str:
     return settings.population or ('alone' if resolve_device(settings.probe.train.device).type == 'cpu' else 'auto')
 
 def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: Any) -> None:
-    "Probe until every trial of a rung is recorded"
+    "Probe until every trial of a rung is recorded; checkpoints stay with the most promising of the paused"
     tasks = [study.task(t) for t in trials]
+    anew = {t.checkpoint for t in tasks if t.checkpoint and not Path(t.checkpoint).exists()}
     bar.set_description_str(f'level {", ".join(f"{level:g}" for level in sorted({t.level for t in trials}))}')
     for task, result in probe_population(tasks, workers, _method(study.settings)):
-        study.take(finished_record(task, result))
+        study.take(record := finished_record(task, result), task.checkpoint in anew)
+        if task.checkpoint and ended([record]): Path(task.checkpoint).unlink(missing_ok=True)
         bar.show(**_standing(study))
+    prune_checkpoints(study.paused, _KEPT)
     records = [r for r in study.search.records.values() if r['level'] == trials[0].level]
     if all(r['status'] == 'crashed' for r in records):
         raise InputError(f'all {len(records)} probes at level {trials[0].level:g} crashed, the first with {records[0]["error"]}: mend the model or the space')
@@ -302,11 +333,14 @@ def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: 
     "Tell the search what the store holds, and probe what it then asks for"
     for record in study.store.probes(study.name):
         study.search.tell(record)
-        study.track('log', record)
+        if ended([record]): study.track('log', record)
     before = _standing(study)
     with Workers(n_workers, executor) as workers, progress_bar('', before['total'], initial=before['n'], show=progress) as bar:
         bar.show(**before)
         while (trials := study.search.ask()) and trials[0].purpose == 'probe': _run_rung(study, trials, workers, bar)
+    for record in study.search.records.values():
+        if record['status'] == 'paused': study.track('log', record) # for good, by now
+    shutil.rmtree(study.paused, ignore_errors=True)
     for stage, table in study.search.predictions.items():
         rows = table.reset_index()[['config_id', 'mean', 'std']].assign(level=1.0, stage=stage)
         study.store.add_predictions(study.name, rows.to_dict('records'))

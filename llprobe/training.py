@@ -104,10 +104,10 @@ def epoch_batches(
 @dataclass
 class TrainResult:
     "A finished training; the model was trained in place"
-    status: str           # 'ok' or 'diverged'
+    status: str           # 'ok', 'diverged' or 'paused'
     curve: list[dict]     # Per epoch: epoch, train_loss, val_loss, val_score, gradient_norm, seconds
-    val_loss: float       # On the whole validation part after the last epoch; NaN when diverged
-    val_score: float      # Accuracy or R²; that of chance when diverged
+    val_loss: float       # On the whole validation part after the last epoch; NaN when diverged; of a paused training the curve's last
+    val_score: float      # Accuracy or R²; that of chance when diverged; of a paused training the curve's last
     train_samples: int    # Samples processed by forward and backward passes
     forward_samples: int  # Samples processed by forward passes alone
     seconds: float        # Wall clock, that before a checkpoint included
@@ -289,19 +289,27 @@ def train(
     settings: TrainSettings = TrainSettings(),
     seed: int = 0, # The study's seed
     on_epoch: Callable[[dict], None] | None = None, # Called with each new row of the curve
-    checkpoint: str|Path|None = None, # Continued from if it exists, and written after every epoch
+    checkpoint: str|Path|None = None, # Continued from if it exists; written after every epoch, or with `pause` only there
+    pause: int|None = None, # Epochs after which to stop for now; the schedule is that of all epochs
 ) -> TrainResult:
     "Train one config on one subset"
     trainer, status = Trainer(model, config, split, indices, settings, seed), 'ok'
+    end = settings.n_epochs if pause is None else min(pause, settings.n_epochs)
     if checkpoint and Path(checkpoint).exists(): trainer.resume(checkpoint)
-    while trainer.epoch < settings.n_epochs and status == 'ok':
+    while trainer.epoch < end and status == 'ok':
         row = trainer.run_epoch()
         if is_finite(row): trainer.curve.append(row)
         else: status = 'diverged'
-        if checkpoint and status == 'ok': trainer.save(checkpoint)
+        if checkpoint and status == 'ok' and (pause is None or trainer.epoch == end < settings.n_epochs): trainer.save(checkpoint)
         if on_epoch: on_epoch(row)
+    if status == 'ok' and end < settings.n_epochs: status = 'paused'
     start = time.perf_counter()
-    metric = split.dataset.metric
-    scores = trainer.finish() if status == 'ok' else {'loss': math.nan, metric: split.dataset.chance_score}
-    return TrainResult(status, trainer.curve, scores['loss'], scores[metric], trainer.train_samples, trainer.forward_samples,
-                       trainer.seconds+time.perf_counter()-start)
+    val_loss, val_score = _last_scores(trainer, status)
+    return TrainResult(status, trainer.curve, val_loss, val_score, trainer.train_samples, trainer.forward_samples, trainer.seconds+time.perf_counter()-start)
+
+def _last_scores(trainer: Trainer, status: str) -> tuple[float, float]: # Validation loss and score
+    "What the training reached"
+    if status == 'paused': return trainer.curve[-1]['val_loss'], trainer.curve[-1]['val_score']
+    if status == 'diverged': return math.nan, trainer.split.dataset.chance_score
+    scores = trainer.finish()
+    return scores['loss'], scores[trainer.split.dataset.metric]

@@ -12,7 +12,7 @@ from .space import SearchSpace
 FAMILIES = ('hp_', 'curve_', 'response_', 'data_')
 
 # %% auto #0
-__all__ = ['FAMILIES', 'curve_features', 'response_features', 'feature_frame', 'feature_columns']
+__all__ = ['FAMILIES', 'curve_features', 'response_features', 'feature_frame', 'feature_columns', 'fidelities']
 
 # %% ../nbs/50_features.ipynb #50features005
 def _known(curve: list[dict], name: str) -> np.ndarray: # At least one value
@@ -81,3 +81,11 @@ def feature_columns(
 ) -> list[str]: # In the frame's order
     "The columns of some families"
     return [c for c in frame.columns if c.startswith(tuple(families))]
+
+# %% ../nbs/50_features.ipynb #50featuresn01
+def fidelities(
+    records: Iterable[dict], # n probe records
+) -> np.ndarray: # (n, 2): level and share of the epochs, on a logarithmic scale from 0 for the least among them to 1 for all
+    "Where each record stands on its way to a full training"
+    seen = np.log([(r['level'], len(r['curve'])/r['n_epochs'] if r['status'] == 'paused' else 1.0) for r in records]).reshape(-1, 2)
+    return 1-seen/np.minimum(seen.min(0, initial=0), -1e-9)

@@ -65,7 +65,7 @@ def plan_groups(
     groups = []
     for key, members in together.items():
         stacked, reason = _reason(members, method)
-        if isinstance(key, int) and method != 'alone': reason = 'its layers, averaging or sharpness-aware steps cannot be stacked'
+        if isinstance(key, int) and method != 'alone': reason = 'its layers, averaging, sharpness-aware steps or pauses cannot be stacked'
         size = max(_CPU_MEMBERS, -(-len(members)//n_workers)) if stacked else 1
         parts = [tuple(members[i:i+size]) for i in range(0, len(members), size)]
         groups += [Group(part, 'stack' if len(part) > 1 else 'alone', reason) for part in parts]

@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 from .adaptive import _initial_order, _quantiles
 from .core import InputError, write_json
 from .dataset_features import chance_score, part_sizes
+from .features import fidelities
 from .metamodel import exponent_spread, level_pairs
 from .space import SearchSpace, config_id
 from .store import open_store
@@ -36,11 +37,9 @@ def source_predictions(
     if (n := len({config_id(r['config']) for r in rows})) < 4:
         warnings.warn(f'{name} tried {n} configs of this space, and 4 are needed to learn from it: it is left out')
         return None
-    level = np.log([r['level'] for r in rows])
-    fidelity = 1-level/min(level.min(), -1e-9)
-    scores = _quantiles(np.array([r['val_score'] if r['status'] == 'ok' else np.nan for r in rows], float))
+    scores = _quantiles(np.array([r['val_score'] if r['status'] in ('ok', 'paused') else np.nan for r in rows], float))
     x = space.encode([r['config'] for r in rows])
-    return FidelityGP(x.shape[1]).fit(x, fidelity[:, None], scores).predict(space.encode(list(candidates)), [1.0])[0]
+    return FidelityGP(x.shape[1]).fit(x, fidelities(rows), scores).predict(space.encode(list(candidates)), [1.0, 1.0])[0]
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart00b
 def prior_exponents(

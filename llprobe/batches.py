@@ -19,7 +19,7 @@ from .models import evaluating
 # %% auto #0
 __all__ = ['Batch', 'call_model', 'mean_cross_entropy', 'mean_squared_error', 'mean_loss', 'task_loss', 'check_loss',
            'settle_layout', 'auto_batch_size', 'make_batches', 'scalar_loss', 'check_is_mean', 'Totals',
-           'evaluate_batches', 'evaluate', 'differentiable', 'recalibrate_batchnorm']
+           'evaluate_batches', 'evaluate', 'differentiable', 'batchnorms', 'recalibrate_batchnorm']
 
 # %% ../nbs/12_batches.ipynb #12batches005
 class Batch(NamedTuple):
@@ -321,9 +321,11 @@ def differentiable(model: nn.Module) -> Iterator[None]:
         yield
 
 # %% ../nbs/12_batches.ipynb #12batches025
-def _tracked_batchnorms(model: nn.Module) -> list[_BatchNorm]:
-    "The BatchNorm layers that hold running statistics"
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+def batchnorms(
+    model: nn.Module, # Any module
+) -> list[_BatchNorm]: # In the model's order, with and without running statistics
+    "The BatchNorm layers of a model"
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 def _pooled(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     "Mean and unbiased variance of the union of groups given by (count, mean, biased variance)"
@@ -339,7 +341,7 @@ def recalibrate_batchnorm(
     batches: Iterable[Batch], # From `make_batches`, training samples
 ) -> int: # Cost in forward passes of one sample
     "Recompute BatchNorm's running statistics for the present weights"
-    layers, cost = _tracked_batchnorms(model), 0
+    layers, cost = [m for m in batchnorms(model) if m.running_mean is not None], 0
     seen: dict[nn.Module, list] = {layer: [] for layer in layers}
     def normalise(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         x = inputs[0]

@@ -8,9 +8,9 @@ import contextlib, math
 from typing import Any, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from .augmentation import AUGMENTATIONS
+from .batches import batchnorms
 from .core import InputError
 from .space import OPTIMIZERS
 
@@ -110,7 +110,7 @@ def ascended(
 @contextlib.contextmanager
 def untracked_batchnorm(model: nn.Module) -> Iterator[None]:
     "BatchNorm uses the batch and leaves its running statistics alone inside the block"
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = [m for m in batchnorms(model) if m.track_running_stats]
     for m in layers: m.track_running_stats = False
     try: yield
     finally:
@@ -142,7 +142,7 @@ class Averaging:
     ) -> bool: # Whether they were read
         "Put the average in the model's place"
         if self.averaged is None or not int(self.averaged.n_averaged): return False
-        has_batchnorm = any(isinstance(m, _BatchNorm) for m in self.model.modules())
+        has_batchnorm = bool(batchnorms(self.model))
         if has_batchnorm: update_bn(inputs, self.averaged)
         self.model.load_state_dict(self.averaged.module.state_dict())
         return has_batchnorm

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from .augmentation import AUGMENTATIONS
 from .batches import batchnorms
 from .core import InputError
-from .space import OPTIMIZERS
+from .space import OPTIMIZERS, RANGES
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'SHARPNESS_AWARE', 'AVERAGES', 'DEFAULTS', 'resolve_config', 'trainable', 'make_optimizer',
@@ -32,8 +32,6 @@ DEFAULTS = dict(
     averaging='none', ema_decay=0.99, swa_start=0.75) # SWA averages from that share of the epochs on
 
 _CHOICES = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, augment=AUGMENTATIONS, sharpness_aware=SHARPNESS_AWARE, averaging=AVERAGES)
-_RANGES = dict(momentum=(0, 1), weight_decay=(0, math.inf), label_smoothing=(0, 1), batch_size=(1, math.inf), warmup=(0, 1), cutout=(0, 1),
-               mixup=(0, math.inf), clip_norm=(0, math.inf), ema_decay=(0, 1), swa_start=(0, 1))
 _POSITIVE = ('learning_rate', 'rho')
 
 # %% ../nbs/21_optimization.ipynb #21optimizati007
@@ -41,7 +39,7 @@ def _check_number(name: str, value: Any) -> None:
     "Raise unless the value lies in the name's range"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name in _POSITIVE and not (number and 0 < value < math.inf): raise InputError(f'{name} must be a number above 0, got {value!r}')
-    low, high = _RANGES.get(name, (0, math.inf))
+    low, high = RANGES[name]
     if not (number and low <= value < high): raise InputError(f'{name} must be a number in [{low}, {high}), got {value!r}')
 
 def resolve_config(
@@ -54,7 +52,7 @@ def resolve_config(
     for name, allowed in _CHOICES.items():
         if full[name] not in allowed: raise InputError(f'{name} must be one of {", ".join(allowed)}, got {full[name]!r}')
     if full['warmup'] is None: full['warmup'] = 0.25 if full['schedule'] == 'one_cycle' else 0.0
-    for name in (*_RANGES, *_POSITIVE): _check_number(name, full[name])
+    for name in RANGES: _check_number(name, full[name])
     if full['batch_size'] != int(full['batch_size']): raise InputError(f'batch_size must be a whole number, got {full["batch_size"]}')
     if task == 'regression' and full['label_smoothing']:
         raise InputError(f'label_smoothing must be 0 for a regression, got {full["label_smoothing"]!r}: only classes can be smoothed')

@@ -16,11 +16,13 @@ from scipy.stats import qmc
 from .core import InputError, atomic_path, derive_seed, digest, write_json
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'DESIGNS', 'SearchSpace', 'config_id', 'default_space', 'describe', 'load_space']
+__all__ = ['OPTIMIZERS', 'RANGES', 'DESIGNS', 'SearchSpace', 'config_id', 'default_space', 'describe', 'load_space']
 
 # %% ../nbs/10_space.ipynb #10space005
 OPTIMIZERS = ('sgd', 'adam', 'adamw')
-_REAL = ('dropout', 'learning_rate', 'momentum', 'weight_decay', 'warmup', 'cutout', 'mixup', 'label_smoothing', 'clip_norm', 'rho', 'ema_decay', 'swa_start')
+RANGES = dict(momentum=(0, 1), weight_decay=(0, math.inf), label_smoothing=(0, 1), batch_size=(1, math.inf), warmup=(0, 1), cutout=(0, 1), mixup=(0, math.inf), clip_norm=(0, math.inf),
+              ema_decay=(0, 1), swa_start=(0, 1), learning_rate=(0, math.inf), rho=(0, math.inf)) # Of the numbers that training reads: [low, high)
+_REAL = ('dropout', *(name for name in RANGES if name != 'batch_size'))
 
 def _is_number(value: Any) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool)
 

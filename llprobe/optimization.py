@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from .augmentation import AUGMENTATIONS
 from .batches import batchnorms
-from .core import InputError
+from .core import InputError, is_number
 from .space import OPTIMIZERS, RANGES
 
 # %% auto #0
@@ -37,10 +37,9 @@ _POSITIVE = ('learning_rate', 'rho')
 # %% ../nbs/21_optimization.ipynb #21optimizati007
 def _check_number(name: str, value: Any) -> None:
     "Raise unless the value lies in the name's range"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if name in _POSITIVE and not (number and 0 < value < math.inf): raise InputError(f'{name} must be a number above 0, got {value!r}')
+    if name in _POSITIVE and not (is_number(value) and 0 < value < math.inf): raise InputError(f'{name} must be a number above 0, got {value!r}')
     low, high = RANGES[name]
-    if not (number and low <= value < high): raise InputError(f'{name} must be a number in [{low}, {high}), got {value!r}')
+    if not (is_number(value) and low <= value < high): raise InputError(f'{name} must be a number in [{low}, {high}), got {value!r}')
 
 def resolve_config(
     config: dict, # Hyper-parameters; names unknown to training are left to the architecture

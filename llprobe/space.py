@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from ConfigSpace import ConfigurationSpace, Constant, CategoricalHyperparameter, OrdinalHyperparameter
 from ConfigSpace.hyperparameters import Hyperparameter, UniformFloatHyperparameter, UniformIntegerHyperparameter
 from scipy.stats import qmc
-from .core import InputError, atomic_path, derive_seed, digest, write_json
+from .core import InputError, atomic_path, derive_seed, digest, is_number, write_json
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'RANGES', 'DESIGNS', 'SearchSpace', 'config_id', 'default_space', 'describe', 'load_space']
@@ -23,8 +23,6 @@ OPTIMIZERS = ('sgd', 'adam', 'adamw')
 RANGES = dict(momentum=(0, 1), weight_decay=(0, math.inf), label_smoothing=(0, 1), batch_size=(1, math.inf), warmup=(0, 1), cutout=(0, 1), mixup=(0, math.inf), clip_norm=(0, math.inf),
               ema_decay=(0, 1), swa_start=(0, 1), learning_rate=(0, math.inf), rho=(0, math.inf)) # Of the numbers that training reads: [low, high)
 _REAL = ('dropout', *(name for name in RANGES if name != 'batch_size'))
-
-def _is_number(value: Any) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 def _scalar(name: str, value: Any) -> Any:
     "A value that a config may hold, as plain Python"
@@ -39,7 +37,7 @@ def _choice(name: str, values: Any, ordered: bool|None=None) -> Hyperparameter:
     values = [_scalar(name, value) for value in values]
     if len(set(values)) < len(values): raise InputError(f"{name} lists a value twice in {values}: keep one of each")
     if len(values) == 1: return Constant(name, values[0])
-    if ordered is None and all(map(_is_number, values)): return OrdinalHyperparameter(name, sorted(values))
+    if ordered is None and all(map(is_number, values)): return OrdinalHyperparameter(name, sorted(values))
     return (OrdinalHyperparameter if ordered else CategoricalHyperparameter)(name, values)
 
 # %% ../nbs/10_space.ipynb #10space008
@@ -48,7 +46,7 @@ def _real(value: float) -> float: return float(np.round(value, 13)) + 0.0  # tur
 def _range(name: str, low: Any, high: Any=None, log: bool=False) -> Hyperparameter:
     "A range of whole or of real numbers"
     low, high = _scalar(name, low), _scalar(name, high)
-    if not (_is_number(low) and _is_number(high)): raise InputError(f"{name} needs numbers for low and high, got {low!r} and {high!r}")
+    if not (is_number(low) and is_number(high)): raise InputError(f"{name} needs numbers for low and high, got {low!r} and {high!r}")
     whole = isinstance(low, int) and isinstance(high, int) and name not in _REAL
     if not whole: low, high = _scalar(name, _real(low)), _scalar(name, _real(high))
     if low >= high: raise InputError(f"{name} has low {low} and high {high}: low must be below high")
@@ -87,7 +85,7 @@ def _written(hp: Hyperparameter) -> Any:
     if isinstance(hp, Constant): return hp.value
     values, ordered = _choices(hp), isinstance(hp, OrdinalHyperparameter)
     if not values: return dict(low=hp.lower, high=hp.upper) | (dict(log=True) if hp.log else {})
-    numbers = all(map(_is_number, values))
+    numbers = all(map(is_number, values))
     return values if ordered == numbers and (not numbers or values == sorted(values)) else dict(values=values, ordered=ordered)
 
 # %% ../nbs/10_space.ipynb #10space00f
@@ -96,10 +94,10 @@ def _accept(hp: Hyperparameter, value: Any) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     if choices := _choices(hp):
         for choice in choices:
-            if choice == value and (type(choice) is type(value) or _is_number(choice) and _is_number(value)): return choice
+            if choice == value and (type(choice) is type(value) or is_number(choice) and is_number(value)): return choice
         allowed = f"one of {', '.join(map(str, choices))}"
     else:
-        inside, whole = _is_number(value) and hp.lower <= value <= hp.upper, isinstance(hp, UniformIntegerHyperparameter)
+        inside, whole = is_number(value) and hp.lower <= value <= hp.upper, isinstance(hp, UniformIntegerHyperparameter)
         if inside and not whole: return _real(value)
         if inside and value == int(value): return int(value)
         allowed = f"{'a whole number' if whole else 'a number'} in [{hp.lower}, {hp.upper}]"

@@ -10,10 +10,10 @@ import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from .core import METRICS, InputError, show_score, show_value
 from .explain import importance, interactions
-from .model_charts import (CYCLE, INK, QUIET, SCORES, chart_axis, chart_figure, confusion_chart, landscape_chart, log_ticks, message_chart, plain_numbers, score_axis, show_text,
+from .model_charts import (CYCLE, INK, QUIET, SCORES, chart_axis, chart_figure, confusion_chart, landscape_chart, message_chart, plain_numbers, score_axis, show_text,
                                   surface_chart)
 from .reader import StudyReader
-from .visualization import COLOURS
+from .visualization import COLOURS, log_ticks
 
 # %% auto #0
 __all__ = ['curves_chart', 'config_curves_chart', 'levels_chart', 'ranking_chart', 'timeline_chart', 'cost_parts', 'total_cost',

@@ -9,11 +9,11 @@ from typing import Any, Iterable, Sequence
 import numpy as np, plotly.graph_objects as go
 from .core import METRICS, InputError
 from .landscape import Landscape
-from .visualization import COLOURS
+from .visualization import COLOURS, log_ticks
 
 # %% auto #0
 __all__ = ['CYCLE', 'SCORES', 'QUIET', 'GRID', 'INK', 'show_text', 'plain_numbers', 'chart_axis', 'chart_figure', 'score_axis',
-           'message_chart', 'log_ticks', 'landscape_chart', 'surface_chart', 'confusion_chart']
+           'message_chart', 'landscape_chart', 'surface_chart', 'confusion_chart']
 
 # %% ../nbs/75a_model_charts.ipynb #75amodelchar005
 CYCLE = (*(COLOURS[name] for name in ('blue', 'orange', 'green', 'red')), '#CC79A7', '#56B4E9') # After Okabe and Ito
@@ -59,13 +59,6 @@ def message_chart(
     hidden = dict(visible=False)
     return chart_figure([], hidden, hidden, annotations=[note], height=120, meta=dict(message=text))
 
-# %% ../nbs/75a_model_charts.ipynb #75amodelchar009
-def log_ticks(low: float, high: float) -> list[float]:
-    "Powers of ten, or where there are few of them also 2 and 5 times"
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high))+1)
-    steps = (1,) if len(powers) > 3 else (1, 2, 5)
-    return [v for p in powers for s in steps if low*0.999 <= (v := s*10.0**p) <= high*1.001]
-
 # %% ../nbs/75a_model_charts.ipynb #75amodelchar00d
 def _logarithms(values: np.ndarray) -> tuple[np.ndarray, list[float], list[str]]: # log10, ticks, their text
     "Logarithms of losses, NaN where they are not finite"
@@ -73,11 +66,8 @@ def _logarithms(values: np.ndarray) -> tuple[np.ndarray, list[float], list[str]]
     floor = max(float(finite.max(initial=1))*1e-6, 1e-12)
     logs = np.log10(np.where(np.isfinite(values), np.maximum(values, floor), np.nan))
     if not len(finite): return logs, [], []
-    low, high = np.nanmin(logs), np.nanmax(logs)
-    marks = log_ticks(10**low, 10**high)
-    if len(marks) < 2: marks = [10**v for v in np.linspace(low, high, 4)]
-    marks = marks[::max(1, len(marks)//6)]
-    return logs, [math.log10(m) for m in marks], [f'{m:.3g}' for m in marks]
+    marks = log_ticks(10**np.nanmin(logs), 10**np.nanmax(logs))
+    return logs, [math.log10(m) for m in marks], [f'{m:.4g}' for m in marks]
 
 def _grid(landscape: Landscape, quantity: str) -> tuple[list, list, list, list, dict[str, Any]]: # x, y, z, text, color bar
     "A plane's arrays as plotly wants them: rows along y"

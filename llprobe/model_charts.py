@@ -9,7 +9,7 @@ from typing import Any, Iterable, Sequence
 import numpy as np, plotly.graph_objects as go
 from .core import METRICS, InputError
 from .landscape import Landscape
-from .visualization import COLOURS, log_ticks
+from .visualization import COLOURS, LOWEST_SCORE, log_ticks
 
 # %% auto #0
 __all__ = ['CYCLE', 'SCORES', 'QUIET', 'GRID', 'INK', 'show_text', 'plain_numbers', 'chart_axis', 'chart_figure', 'score_axis',
@@ -48,7 +48,7 @@ def score_axis(metric: str, values: Iterable[Any], title: str|None = None, **mor
     "An axis of scores; R² has no lower end, and what is far below that of naming the mean is left out"
     found = [v for v in values if v is not None and math.isfinite(v)]
     axis = chart_axis(f'validation {METRICS[metric]}' if title is None else title, **(dict(tickformat='.0%') if metric == 'accuracy' else {}))
-    if metric != 'accuracy' and found and min(found) < -0.5: axis['range'] = [-0.55, max(*found, 0.1)*1.05]
+    if metric != 'accuracy' and found and min(found) < LOWEST_SCORE: axis['range'] = [LOWEST_SCORE-0.05, max(*found, 0.1)*1.05]
     return axis | more
 
 def message_chart(

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from .core import METRICS, score_key
 
 COLOURS = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', grey='#777777')
+LOWEST_SCORE = -0.5 # Figures go no lower: R² has no lower end, and far below that of naming the mean its differences say nothing
 
 # %% auto #0
-__all__ = ['COLOURS', 'panels', 'colour_bar', 'log_ticks', 'plot_levels', 'plot_responses', 'plot_curves', 'plot_predictions',
-           'plot_cost', 'plot_level_scores', 'plot_agreement', 'plot_recipes', 'save_figure']
+__all__ = ['COLOURS', 'LOWEST_SCORE', 'panels', 'colour_bar', 'log_ticks', 'plot_levels', 'plot_responses', 'plot_curves',
+           'plot_predictions', 'plot_cost', 'plot_level_scores', 'plot_agreement', 'plot_recipes', 'save_figure']
 
 # %% ../nbs/70_visualization.ipynb #70visualizat005
 _viridis = ListedColormap(colormaps['viridis'](np.linspace(0, 0.92, 256))) # its last yellow is hard to see on white
@@ -67,7 +68,7 @@ def colour_bar(
 def _score_limits(axis: Axes, direction: str, metric: str) -> None:
     "R² has no lower end: hide what is far below that of naming the mean"
     low, high = getattr(axis.dataLim, f'interval{direction}')
-    if metric != 'accuracy' and low < -0.5: getattr(axis, f'set_{direction}lim')(-0.5, max(high, 0)+0.05)
+    if metric != 'accuracy' and low < LOWEST_SCORE: getattr(axis, f'set_{direction}lim')(LOWEST_SCORE, max(high, 0)+0.05)
 
 def _line_style(is_best: bool) -> dict[str, Any]:
     "The chosen config stands out, the others stay in the background"
@@ -119,7 +120,7 @@ def plot_responses(
     "Mean loss under filter-normalised Gaussian noise against its radius, one line a config"
     figure, axis = _figure()
     low, high = scores.min(), scores.max()
-    scale = Normalize(low if metric == 'accuracy' else max(low, min(-0.5, high)), high) # as on an axis
+    scale = Normalize(max(low, min(LOWEST_SCORE, high)), high) # as on an axis
     colours = ScalarMappable(scale, 'viridis')
     rows = responses[(responses.kind == 'gaussian') & (responses['level'] == level) & (responses['sample'] == sample)]
     for config, profile in rows.groupby('config_id'):

@@ -12,7 +12,7 @@ from sklearn.inspection import permutation_importance
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from .core import InputError, derive_seed
-from .space import SearchSpace
+from .space import SearchSpace, _active, encoded_columns
 
 # %% auto #0
 __all__ = ['MIN_PROBES', 'importance', 'interactions', 'why_chosen']
@@ -36,10 +36,7 @@ def _rows(records: Iterable[dict], level: float|None) -> tuple[list[dict], np.nd
 # %% ../nbs/57_explain.ipynb #57explain00b
 def _columns(space: SearchSpace) -> dict[str, list[int]]: # By hyper-parameter; constants have none
     "Encoded columns of each hyper-parameter"
-    groups: dict[str, list[int]] = {}
-    for column, name in enumerate(space.encoded_names):
-        if not name.endswith(':active'): groups.setdefault(name.split('=')[0], []).append(column)
-    return groups
+    return encoded_columns(space.encoded_names)
 
 def _surrogate(space: SearchSpace, configs: list[dict], seed: int) -> tuple[Pipeline, np.ndarray]: # Unfitted; row numbers (n, d)
     "A forest over row numbers"
@@ -138,9 +135,7 @@ def _typical(space: SearchSpace, configs: list[dict]) -> dict[str, Any]: # Media
 
 def _changed(space: SearchSpace, config: dict, name: str, typical: dict[str, Any]) -> dict[str, Any]:
     "The config with one typical value, and whatever follows"
-    values, changed = typical | config | {name: typical[name]}, {}
-    for each in space.names: changed |= {each: values[each]} if space.is_active(each, changed) else {}
-    return changed
+    return _active(space, typical | config | {name: typical[name]})
 
 # %% ../nbs/57_explain.ipynb #57explain020
 def why_chosen(

@@ -12,6 +12,7 @@ import llprobe
 from .core import InputError
 from .execution import _environment
 from .replay import ETA, BudgetSpent, ReplayTable, Run, ladder, train_rest
+from .space import encoded_columns
 
 # %% auto #0
 __all__ = ['parameters', 'n_choices', 'Proposals', 'optuna_hyperband', 'hyperband_trials', 'smac_multifidelity', 'dehb_python',
@@ -28,10 +29,7 @@ def parameters(
     table: ReplayTable,
 ) -> dict[str, list[int]]: # Of each hyper-parameter its columns: one for a number, one per choice for a categorical
     "What the peers search over"
-    groups: dict[str, list[int]] = {}
-    for column, name in enumerate(table.names):
-        if not name.endswith(':active'): groups.setdefault(name.split('=')[0], []).append(column)
-    return groups
+    return encoded_columns(table.names)
 
 def n_choices(table: ReplayTable) -> dict[str, int|None]: # None for a number
     "How many choices each hyper-parameter has"

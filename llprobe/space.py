@@ -5,7 +5,7 @@
 # %% ../nbs/10_space.ipynb #10space003
 from __future__ import annotations
 import html, itertools, json, math, re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 import ConfigSpace, yaml
@@ -16,7 +16,8 @@ from scipy.stats import qmc
 from .core import InputError, atomic_path, derive_seed, digest, is_number, write_json
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'RANGES', 'DESIGNS', 'SearchSpace', 'config_id', 'default_space', 'describe', 'load_space']
+__all__ = ['OPTIMIZERS', 'RANGES', 'DESIGNS', 'SearchSpace', 'encoded_columns', 'config_id', 'default_space', 'describe',
+           'load_space']
 
 # %% ../nbs/10_space.ipynb #10space005
 OPTIMIZERS = ('sgd', 'adam', 'adamw')
@@ -206,6 +207,12 @@ def _from_unit(hp: Hyperparameter, u: np.ndarray) -> list[Any]:
     return np.clip(np.floor(value+0.5), hp.lower, hp.upper).astype(int).tolist()
 
 # %% ../nbs/10_space.ipynb #10space020
+def _active(space: _Definition, values: dict[str, Any]) -> dict[str, Any]:
+    "The config that values for all names make: those that exist beside the others"
+    config = {}
+    for name in space.names: config |= {name: values[name]} if space.is_active(name, config) else {}
+    return config
+
 def _stream(space: _Definition, design: str, seed: int) -> Iterator[dict[str, Any]]:
     "An endless sequence of configs, with repetitions"
     generator, n_axes = np.random.default_rng(derive_seed(seed, 'design', design)), len(space.names)
@@ -213,10 +220,7 @@ def _stream(space: _Definition, design: str, seed: int) -> Iterator[dict[str, An
     while True:
         points = sobol.random(256) if sobol else generator.random((256, n_axes))
         columns = [_from_unit(space.configspace[name], u) for name, u in zip(space.names, points.T)]
-        for values in zip(*columns):
-            config = {}
-            for name, value in zip(space.names, values): config |= {name: value} if space.is_active(name, config) else {}
-            yield config
+        for values in zip(*columns): yield _active(space, dict(zip(space.names, values)))
 
 # %% ../nbs/10_space.ipynb #10space023
 def _values(hp: Hyperparameter, steps: int) -> list[Any]:
@@ -311,28 +315,47 @@ class SearchSpace(_Definition):
         "Draw `n` configs"
         return _sample(self, n, seed, design)
 
-    def count(self, most: int) -> int:
+    def count(self,
+        most: int, # Stop counting here
+    ) -> int:
         "How many different configs there are, or `most` if there are more"
         return sum(1 for _ in itertools.islice(_enumerate(self, most), most))
 
-    def validate(self, config: dict[str, Any]) -> dict[str, Any]:
+    def validate(self,
+        config: dict[str, Any], # With NumPy scalars or plain values, in any order
+    ) -> dict[str, Any]: # In the space's order
         "The config in plain Python; `InputError` if it is not of this space"
         return _validate(self, config)
 
-    def encode(self, configs: list[dict[str, Any]]) -> np.ndarray:
-        "Configs as points (n, d) of the unit cube; `encoded_names` names the columns"
+    def encode(self,
+        configs: list[dict[str, Any]], # n, each of this space
+    ) -> np.ndarray: # (n, d) in [0, 1]
+        "Configs as points of the unit cube; `encoded_names` names the columns"
         return _encode(self, configs)
 
     @property
-    def encoded_names(self) -> list[str]:
+    def encoded_names(self) -> list[str]: # One a column of `encode`
         "`width`, `optimizer=sgd`, `momentum:active`"
         return [c for name in self.names for c in _columns(self.configspace[name]) + [f'{name}:active']*(name in self.when)]
 
-    def save(self, path: str|Path) -> None: _save(self, path)
+    def save(self,
+        path: str|Path, # Ends in .yaml, .yml or .json, or `InputError`; written atomically
+    ) -> None:
+        "Write what `load_space` reads"
+        _save(self, path)
 
     def _repr_html_(self) -> str: return f'<h4>{html.escape(self.architecture)}</h4>{describe(self).to_html()}'
 
 # %% ../nbs/10_space.ipynb #10space031
+def encoded_columns(
+    names: Sequence[str], # A space's `encoded_names`
+) -> dict[str, list[int]]: # By hyper-parameter: one for a number, one per choice for a categorical; constants have none
+    "Which columns of the encoding are whose values"
+    groups: dict[str, list[int]] = {}
+    for column, name in enumerate(names):
+        if not name.endswith(':active'): groups.setdefault(name.split('=')[0], []).append(column)
+    return groups
+
 def config_id(
     config: dict[str, Any], # As `sample` or `validate` returns it
 ) -> str: # 16 hexadecimal digits

@@ -37,7 +37,7 @@ def held_out(
     frame: pd.DataFrame, # From `target_frame`
     families: Sequence[str], # Prefixes of the columns to use
     seed: int = 0, # Of folds and trees
-    n_folds: int = 5,
+    n_folds: int = 5, # Of whole configs
 ) -> np.ndarray: # (rows,) predicted targets, each from configs that were not seen
     "Cross-validated predictions"
     x, y = frame[feature_columns(frame, families)].to_numpy(float), frame['target'].to_numpy(float)

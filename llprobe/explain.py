@@ -109,9 +109,9 @@ def _pairs(predict: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> lis
 # %% ../nbs/57_explain.ipynb #57explain01a
 def interactions(
     records: Iterable[dict], # As for `importance`
-    space: SearchSpace,
-    level: float|None = None,
-    seed: int = 0,
+    space: SearchSpace, # Theirs
+    level: float|None = None, # As for `importance`
+    seed: int = 0, # Of the forest, and of the rows that pairs are judged on
 ) -> pd.DataFrame: # Columns first, second, share (of the predictions' variance), h2; largest share first; `.attrs` as `importance`
     "Which pairs of hyper-parameters work together; `InputError` for fewer than 8 probes"
     model, rows, _, _, attrs = _fit(records, space, level, seed)
@@ -140,10 +140,10 @@ def _changed(space: SearchSpace, config: dict, name: str, typical: dict[str, Any
 # %% ../nbs/57_explain.ipynb #57explain020
 def why_chosen(
     records: Iterable[dict], # As for `importance`
-    space: SearchSpace,
+    space: SearchSpace, # Theirs
     config: dict[str, Any], # The one to explain; it need not be among the probed
-    level: float|None = None,
-    seed: int = 0,
+    level: float|None = None, # As for `importance`
+    seed: int = 0, # Of the forest
 ) -> pd.DataFrame: # Columns hyperparameter, value, typical, change; what would cost most comes first; `.attrs` as `importance`
     "How the predicted score changes when one hyper-parameter of a config becomes typical; `InputError` for fewer than 8 probes"
     config = space.validate(config)

@@ -28,23 +28,38 @@ def show_text(
     text = str(value)
     return html.escape(text if len(text) <= most else f'{text[:most-1]}…', quote=False)
 
-def plain_numbers(values: Iterable[Any]) -> list[float|None]:
-    "Five digits each; whatever is not finite leaves a gap"
+def plain_numbers(
+    values: Iterable[Any], # Numbers of any kind, or None
+) -> list[float|None]: # None for whatever is not finite, which leaves a gap
+    "Five digits each"
     return [None if v is None or not math.isfinite(v) else float(f'{v:.5g}') for v in values]
 
 # %% ../nbs/75a_model_charts.ipynb #75amodelchar007
-def chart_axis(title: str|None = None, **more: Any) -> dict[str, Any]:
+def chart_axis(
+    title: str|None = None, # Beside the axis
+    **more: Any, # Of plotly's layout.xaxis
+) -> dict[str, Any]: # For `chart_figure`
     "A quiet axis with room for its labels"
     return dict(title=dict(text=title, standoff=6), gridcolor=GRID, zeroline=False, automargin=True) | more
 
-def chart_figure(traces: Iterable[Any], x: dict[str, Any], y: dict[str, Any], **layout: Any) -> go.Figure:
+def chart_figure(
+    traces: Iterable[Any], # Of plotly
+    x: dict[str, Any], # From `chart_axis`
+    y: dict[str, Any], # Likewise
+    **layout: Any, # Of plotly's layout; height in pixels
+) -> go.Figure:
     "A figure in the common style"
     legend = dict(orientation='h', x=0, xref='container', y=1, yref='container', yanchor='top', bgcolor='rgba(0,0,0,0)')
     common = dict(template=go.layout.Template(), paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)', font=dict(color=INK, size=12), height=340,
                   margin=dict(l=44, r=12, t=30, b=40), hovermode='closest', hoverlabel=dict(align='left'), colorway=CYCLE, legend=legend)
     return go.Figure(list(traces), common | dict(xaxis=x, yaxis=y) | layout)
 
-def score_axis(metric: str, values: Iterable[Any], title: str|None = None, **more: Any) -> dict[str, Any]:
+def score_axis(
+    metric: str, # A key of `core.METRICS`
+    values: Iterable[Any], # The scores to be shown; None and NaN are passed over
+    title: str|None = None, # By default the metric of the validation part
+    **more: Any, # As for `chart_axis`
+) -> dict[str, Any]: # For `chart_figure`
     "An axis of scores; R² has no lower end, and what is far below that of naming the mean is left out"
     found = [v for v in values if v is not None and math.isfinite(v)]
     axis = chart_axis(f'validation {METRICS[metric]}' if title is None else title, **(dict(tickformat='.0%') if metric == 'accuracy' else {}))
@@ -79,7 +94,7 @@ def _grid(landscape: Landscape, quantity: str) -> tuple[list, list, list, list, 
     return x, y, [plain_numbers(row) for row in z], [[f'{v:.4g}' for v in row] for row in values], bar
 
 def landscape_chart(
-    landscape: Landscape,
+    landscape: Landscape, # Of one direction or two
     quantity: str = 'loss', # A key of its `values`
 ) -> go.Figure:
     "A line, or the contours of a plane, with the solution marked"
@@ -98,8 +113,8 @@ def landscape_chart(
     return chart_figure([contour, path], chart_axis('first direction', showgrid=False), chart_axis('second direction', showgrid=False), height=380)
 
 def surface_chart(
-    landscape: Landscape, # Of two directions
-    quantity: str = 'loss',
+    landscape: Landscape, # Of two directions, or `InputError`
+    quantity: str = 'loss', # A key of its `values`
 ) -> go.Figure:
     "A plane as a surface to turn, its height the logarithm"
     x, y, z, text, bar = _grid(landscape, quantity)
@@ -111,7 +126,7 @@ def surface_chart(
 # %% ../nbs/75a_model_charts.ipynb #75amodelchar010
 def confusion_chart(
     matrix: np.ndarray, # (classes, classes) counts: rows the truth, columns the predictions
-    classes: Sequence[str],
+    classes: Sequence[str], # Names, by label
 ) -> go.Figure:
     "How often each class was taken for which; coloured by the share of the class's samples"
     matrix, n = np.asarray(matrix), len(classes)

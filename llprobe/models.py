@@ -32,11 +32,16 @@ def _dropout(config: dict[str, Any], default: float) -> nn.Dropout:
 
 class Dropout(nn.Dropout):
     "`nn.Dropout` whose probability is a buffer, so that members of a stack may differ in it and still share their random numbers"
-    def __init__(self, p: float): # In [0, 1)
+    def __init__(self,
+        p: float, # In [0, 1)
+    ):
         super().__init__(p)
         self.register_buffer('probability', torch.tensor(p), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self,
+        x: Tensor, # Any shape
+    ) -> Tensor: # The same shape
+        "Zero entries at random and scale up the others, in training mode"
         if not self.training: return x
         return x*(torch.rand(x.shape, device=x.device) >= self.probability)/(1-self.probability)
 

@@ -105,7 +105,9 @@ def ascended(
 
 # %% ../nbs/21_optimization.ipynb #21optimizati014
 @contextlib.contextmanager
-def untracked_batchnorm(model: nn.Module) -> Iterator[None]:
+def untracked_batchnorm(
+    model: nn.Module, # In training mode
+) -> Iterator[None]:
     "BatchNorm uses the batch and leaves its running statistics alone inside the block"
     layers = [m for m in batchnorms(model) if m.track_running_stats]
     for m in layers: m.track_running_stats = False
@@ -127,11 +129,13 @@ class Averaging:
         self.averaged = None if self.kind == 'none' else AveragedModel(model, multi_avg_fn=average)
 
     def after_step(self) -> None:
+        "Count the weights of a step, for an exponential average"
         if self.kind == 'ema': self.averaged.update_parameters(self.model)
 
     def after_epoch(self,
         epoch: int, # Just finished, from 0
     ) -> None:
+        "Count the weights of an epoch, for a stochastic average"
         if self.kind == 'swa' and epoch >= self.first_epoch: self.averaged.update_parameters(self.model)
 
     def finish(self,

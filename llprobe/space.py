@@ -375,7 +375,7 @@ _DEFAULTS = dict(
 def default_space(
     architecture: str='simple_cnn', # simple_cnn, mlp, resnet, 'timm:model', or 'package.module:function'
 ) -> SearchSpace:
-    "The space to search when the user gives none"
+    "The space to search when the user gives none; `InputError` for a name that has none"
     if architecture in _DEFAULTS: return SearchSpace(architecture, _DEFAULTS[architecture])
     if architecture.startswith('timm:'): return SearchSpace(architecture, dict(dropout=dict(low=0.0, high=0.5)) | _TRAINING)
     if ':' in architecture: return SearchSpace(architecture, _TRAINING)

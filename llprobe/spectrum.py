@@ -99,12 +99,17 @@ class SpectralDensity:
     n_products: int # Hessian-vector products
     cost: int # Forward passes of one sample
 
-    def moment(self, function: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]: # Mean, standard error over vectors
+    def moment(self,
+        function: Callable[[np.ndarray], np.ndarray], # f, entry by entry
+    ) -> tuple[float, float]: # Mean, standard error over vectors
         "Mean of a function of the eigenvalues, tr f(H) / N"
         values = (function(self.nodes)*self.weights).sum(1)
         return float(values.mean()), float(values.std(ddof=1)/math.sqrt(len(values))) if len(values) > 1 else float('nan')
 
-    def density(self, grid: np.ndarray, width: float|None = None) -> np.ndarray: # (len(grid),)
+    def density(self,
+        grid: np.ndarray, # (k,) eigenvalues to look at
+        width: float|None = None, # In units of the eigenvalues
+    ) -> np.ndarray: # (k,), with an integral of 1
         "Smoothed by Gaussians of standard deviation `width`, default a hundredth of the spectrum's extent"
         width = width or 0.01*float(np.ptp(self.nodes)) or 1e-12
         bells = np.exp(-0.5*((np.asarray(grid)[:, None, None]-self.nodes)/width)**2)/(width*math.sqrt(2*math.pi))

@@ -38,7 +38,8 @@ class TrainSettings:
     n_curve_samples: int = 1000   # Validation samples behind each epoch's point of the curve; the last value uses them all
 
     @property
-    def shared(self) -> dict: # What `resolve_config` takes where a config says nothing
+    def shared(self) -> dict: # By hyper-parameter
+        "What `resolve_config` takes where a config says nothing"
         return dict(schedule=self.schedule, augment=self.augment, label_smoothing=self.label_smoothing)
 
 # %% ../nbs/23_training.ipynb #23training006

@@ -56,7 +56,7 @@ def colour_bar(
     figure: Figure,
     mappable: ScalarMappable, # What the colours mean
     axes: Any, # Beside which axis or axes
-    label: str = '',
+    label: str = '', # Beside the bar
     **options: Any, # ticks, format …, as for matplotlib's `colorbar`
 ) -> None:
     "A colour bar with small letters"

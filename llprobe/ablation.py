@@ -13,7 +13,7 @@ from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import GroupKFold
 from .features import feature_columns, feature_frame
 from .space import SearchSpace
-from .visualization import COLOURS
+from .visualization import COLOURS, _quiet
 
 # %% auto #0
 __all__ = ['STEPS', 'target_frame', 'held_out', 'agreement', 'ablation', 'plot_ablation']
@@ -37,7 +37,7 @@ def held_out(
     frame: pd.DataFrame, # From `target_frame`
     families: Sequence[str], # Prefixes of the columns to use
     seed: int = 0, # Of folds and trees
-    n_folds: int = 5,
+    n_folds: int = 5, # Of whole configs
 ) -> np.ndarray: # (rows,) predicted targets, each from configs that were not seen
     "Cross-validated predictions"
     x, y = frame[feature_columns(frame, families)].to_numpy(float), frame['target'].to_numpy(float)
@@ -45,6 +45,11 @@ def held_out(
     for train, test in GroupKFold(n_folds, shuffle=True, random_state=seed).split(x, y, frame['config_id']):
         out[test] = ExtraTreesRegressor(200, min_samples_leaf=2, random_state=seed).fit(x[train], y[train]).predict(x[test])
     return out
+
+def _rank_correlation(predicted: np.ndarray, target: np.ndarray, inside: list[np.ndarray]) -> float: # NaN if no group says anything
+    "The mean over groups of rows of Spearman's correlation"
+    told = [i for i in inside if len(i) > 4 and np.ptp(predicted[i]) > 0 and np.ptp(target[i]) > 0]
+    return float(np.mean([spearmanr(predicted[i], target[i]).statistic for i in told])) if told else np.nan
 
 def agreement(
     predicted: np.ndarray, # (n,)
@@ -56,11 +61,10 @@ def agreement(
     "How well an order agrees with the truth"
     groups, rng = np.zeros(len(target)) if groups is None else groups, rng or np.random.default_rng(0)
     inside = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    rho = [spearmanr(predicted[i], target[i]).statistic for i in inside if len(i) > 4 and np.ptp(predicted[i]) > 0 and np.ptp(target[i]) > 0]
     def regret(i: np.ndarray) -> float:
         i = rng.choice(i, min(top, len(i)), replace=False)
         return target[i].max()-target[i[np.argmax(predicted[i])]]
-    return dict(spearman=float(np.mean(rho)) if rho else np.nan, regret=float(np.mean([regret(i) for i in inside for _ in range(100)])))
+    return dict(spearman=_rank_correlation(predicted, target, inside), regret=float(np.mean([regret(i) for i in inside for _ in range(100)])))
 
 # %% ../nbs/73_ablation.ipynb #73ablation00a
 def _groups(frame: pd.DataFrame, n: int = 3) -> np.ndarray: # (rows,) seed and third of the learning rate
@@ -76,9 +80,7 @@ def _interval(predicted: np.ndarray, frame: pd.DataFrame, groups: np.ndarray, n_
     draws = []
     for _ in range(n_draws):
         i = np.concatenate([rows[c] for c in rng.choice(list(rows), len(rows))])
-        inside = [i[groups[i] == g] for g in np.unique(groups)]
-        rho = [spearmanr(predicted[j], target[j]).statistic for j in inside if len(j) > 4 and np.ptp(target[j]) > 0 and np.ptp(predicted[j]) > 0]
-        draws.append(np.mean(rho) if rho else np.nan)
+        draws.append(_rank_correlation(predicted, target, [i[groups[i] == g] for g in np.unique(groups)]))
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return found | dict(low=float(low), high=float(high))
 
@@ -112,8 +114,7 @@ def plot_ablation(
         axis.set_xticks(range(rows['level'].nunique()), [f'{level:g}' for level in sorted(rows['level'].unique())])
         axis.set_title(f'{name}, {grouping}', fontsize=8)
         axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.25, lw=0.5)
-        axis.spines[['top', 'right']].set_visible(False)
+        _quiet(axis)
     for axis in axes[-1]: axis.set_xlabel('level', fontsize=8)
     figure.supylabel('Spearman correlation with the full score', fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=7, frameon=False)

@@ -52,7 +52,7 @@ def mixup(
     x: Tensor, # Normalised inputs (n, …)
     y: Tensor, # Targets (n,)
     alpha: float, # Of the Beta distribution; 0 mixes nothing
-    rng: np.random.Generator,
+    rng: np.random.Generator, # Draws the weight and the partners
 ) -> tuple[Tensor, list[tuple[float, Tensor]]]: # Inputs; targets with their weights, which add up to 1
     "Mix a batch with itself"
     if not alpha: return x, [(1.0, y)]

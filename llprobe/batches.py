@@ -19,7 +19,7 @@ from .models import evaluating
 # %% auto #0
 __all__ = ['Batch', 'call_model', 'mean_cross_entropy', 'mean_squared_error', 'mean_loss', 'task_loss', 'check_loss',
            'settle_layout', 'auto_batch_size', 'make_batches', 'scalar_loss', 'check_is_mean', 'Totals',
-           'evaluate_batches', 'evaluate', 'differentiable', 'recalibrate_batchnorm']
+           'evaluate_batches', 'evaluate', 'differentiable', 'batchnorms', 'recalibrate_batchnorm']
 
 # %% ../nbs/12_batches.ipynb #12batches005
 class Batch(NamedTuple):
@@ -31,7 +31,10 @@ class Batch(NamedTuple):
     cut: bool = True # Cut from a larger sample by llprobe? (False for a whole sample, and for a loader's batches)
 
 # %% ../nbs/12_batches.ipynb #12batches006
-def call_model(model: Callable, inputs: Any) -> Any: # The model's outputs
+def call_model(
+    model: Callable, # A module, or a function
+    inputs: Any, # As in `Batch`
+) -> Any: # The model's outputs
     "Call with one tensor, a tuple of arguments or a dict of keyword arguments"
     if isinstance(inputs, dict): return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
@@ -67,7 +70,10 @@ def _loss_share(
     if loss_fn.weight is None: return float(kept.numel())
     return float(loss_fn.weight.double()[kept.to(loss_fn.weight.device)].sum())
 
-def mean_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor: # Scalar
+def mean_cross_entropy(
+    outputs: Tensor, # (n, c) logits, or (n, c, …)
+    targets: Tensor, # (n,) classes, or whatever else `F.cross_entropy` takes
+) -> Tensor: # Scalar
     "`F.cross_entropy`, up to five times faster for few classes on a CPU: it vectorises over samples instead of classes"
     few = outputs.ndim == 2 and outputs.shape[1] <= 32 and targets.ndim == 1 and outputs.device.type == 'cpu'
     return F.cross_entropy(outputs.T.contiguous()[None], targets[None]) if few else F.cross_entropy(outputs, targets)
@@ -86,7 +92,10 @@ def mean_squared_error(
     return F.mse_loss(outputs[:, 0], targets.to(outputs.dtype))
 
 # %% ../nbs/12_batches.ipynb #12batches009
-def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor: # Scalar
+def mean_loss(
+    outputs: Tensor, # (n, c) logits, or (n, 1) for real targets
+    targets: Tensor, # (n,) classes, or real targets
+) -> Tensor: # Scalar
     "What is evaluated by default: the mean squared error of real targets (n,), else cross-entropy"
     return (mean_squared_error if _is_real(targets) else mean_cross_entropy)(outputs, targets)
 
@@ -98,8 +107,10 @@ def task_loss(
     "What training minimises"
     return mean_squared_error(outputs, targets) if _is_real(targets) else F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
 
-def check_loss(loss_fn: Callable|None) -> Callable: # The loss to use: `mean_loss` for None
-    "Refuse a loss that is not callable or says that it does not average over its batch"
+def check_loss(
+    loss_fn: Callable|None, # What the user gave
+) -> Callable: # The loss to use: `mean_loss` for None
+    "The loss; `InputError` for one that is not callable or says that it does not average over its batch"
     if loss_fn is None: return mean_loss
     if not callable(loss_fn): raise InputError(f'loss_fn must be callable as loss_fn(outputs, targets), got {loss_fn!r}')
     reduction = getattr(loss_fn, 'reduction', 'mean')
@@ -147,7 +158,7 @@ def _in_usual_order(module: nn.Module, inputs: tuple) -> tuple: return tuple(t.c
 def auto_batch_size(
     model: nn.Module,
     x: Any, # As for `make_batches`
-    y: Any=None,
+    y: Any=None, # Likewise
 ) -> int: # At least 16
     "Samples whose largest activation fits a CPU's cache"
     if y is None and not isinstance(x, (Tensor, tuple, dict)) or len(_first_tensor(x)) < 2: return 128
@@ -186,16 +197,23 @@ def make_batches(
     return batches
 
 # %% ../nbs/12_batches.ipynb #12batches014
-def scalar_loss(loss: Any) -> Tensor:
-    "The loss, or an error if it is not a single number"
+def scalar_loss(
+    loss: Any, # What a loss function returned
+) -> Tensor: # Without dimensions
+    "The loss; `InputError` if it is not a single number"
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise InputError(f'loss_fn must return one number per batch, got {tuple(loss.shape) if isinstance(loss, Tensor) else loss!r}')
     return loss.reshape(())
 
 # %% ../nbs/12_batches.ipynb #12batches016
 @torch.no_grad()
-def check_is_mean(loss_fn: Callable, outputs: Any, batch: Batch, loss: Tensor) -> None:
-    "Refuse a loss that is a sum over its batch, or a coupled one if the batch was cut"
+def check_is_mean(
+    loss_fn: Callable, # From `check_loss`
+    outputs: Any, # Of the model for the batch
+    batch: Batch, # From `make_batches`
+    loss: Tensor, # The loss of these, a scalar
+) -> None:
+    "Raise `InputError` for a loss that is a sum over its batch, or a coupled one if the batch was cut"
     half, n = batch.size//2, batch.size
     if loss_fn in (mean_loss, mean_cross_entropy, mean_squared_error) or isinstance(loss_fn, nn.modules.loss._Loss) or not half: return
     if any(len(_first_tensor(t)) != n for t in (outputs, batch.targets) if t is not None): return
@@ -247,7 +265,11 @@ class Totals:
     ) -> None:
         self.loss, self.weight, self.classes, self.fit, self.has_r2 = 0., 0., 0., None, loss_fn in (mean_loss, mean_squared_error)
 
-    def add(self, batch: Batch, outputs: Any, loss: Tensor) -> None:
+    def add(self,
+        batch: Batch, # From `make_batches`
+        outputs: Any, # The model's; None to count the loss alone
+        loss: Tensor, # Scalar mean over the batch
+    ) -> None:
         "Count one batch"
         self.weight += batch.weight
         if batch.weight: self.loss += batch.weight*(loss.detach().double() if loss.is_cuda else float(loss.detach()))
@@ -321,9 +343,11 @@ def differentiable(model: nn.Module) -> Iterator[None]:
         yield
 
 # %% ../nbs/12_batches.ipynb #12batches025
-def _tracked_batchnorms(model: nn.Module) -> list[_BatchNorm]:
-    "The BatchNorm layers that hold running statistics"
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+def batchnorms(
+    model: nn.Module, # Any module
+) -> list[_BatchNorm]: # In the model's order, with and without running statistics
+    "The BatchNorm layers of a model"
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 def _pooled(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     "Mean and unbiased variance of the union of groups given by (count, mean, biased variance)"
@@ -339,7 +363,7 @@ def recalibrate_batchnorm(
     batches: Iterable[Batch], # From `make_batches`, training samples
 ) -> int: # Cost in forward passes of one sample
     "Recompute BatchNorm's running statistics for the present weights"
-    layers, cost = _tracked_batchnorms(model), 0
+    layers, cost = [m for m in batchnorms(model) if m.running_mean is not None], 0
     seen: dict[nn.Module, list] = {layer: [] for layer in layers}
     def normalise(layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         x = inputs[0]

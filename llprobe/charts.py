@@ -10,10 +10,10 @@ import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from .core import METRICS, InputError, show_score, show_value
 from .explain import importance, interactions
-from .model_charts import (CYCLE, INK, QUIET, SCORES, chart_axis, chart_figure, confusion_chart, landscape_chart, log_ticks, message_chart, plain_numbers, score_axis, show_text,
+from .model_charts import (CYCLE, INK, QUIET, SCORES, chart_axis, chart_figure, confusion_chart, landscape_chart, message_chart, plain_numbers, score_axis, show_text,
                                   surface_chart)
 from .reader import StudyReader
-from .visualization import COLOURS
+from .visualization import COLOURS, LOWEST_SCORE, log_ticks
 
 # %% auto #0
 __all__ = ['curves_chart', 'config_curves_chart', 'levels_chart', 'ranking_chart', 'timeline_chart', 'cost_parts', 'total_cost',
@@ -197,7 +197,7 @@ def responses_chart(
     "Rise of the loss under filter-normalised noise against its radius, coloured by the score"
     level, records = _at(study, level)
     lines = {r['config_id']: _profile(r, sample) for r in records}
-    scores = {r['config_id']: max(r['val_score'], -0.5) for r in records if r['val_score'] is not None and math.isfinite(r['val_score']) and lines[r['config_id']][0]}
+    scores = {r['config_id']: max(r['val_score'], LOWEST_SCORE) for r in records if r['val_score'] is not None and math.isfinite(r['val_score']) and lines[r['config_id']][0]}
     if not scores: return message_chart(f'no response was recorded at level {level:g}')
     hover, traces = '%{customdata}<br>radius %{x}<br>loss %{y:+.3g}<extra></extra>', []
     loud = [c for c in _highlight(study, highlight) if c in scores]
@@ -271,7 +271,7 @@ def parallel_chart(
     records = [r for r in records if r['val_score'] is not None and math.isfinite(r['val_score'])]
     if len(records) < 2: return message_chart('fewer than two configs have a score')
     dimensions = [_dimension(study, n, [r['config'].get(n) for r in records]) for n in study.space.names if len({r['config'].get(n) for r in records}) > 1]
-    scores = plain_numbers(max(r['val_score'], -0.5) for r in records)
+    scores = plain_numbers(max(r['val_score'], LOWEST_SCORE) for r in records)
     score = dict(label=f'{METRICS[study.metric]} at {level:g}', values=scores, **(dict(tickformat='.0%') if study.metric == 'accuracy' else {}))
     trace = go.Parcoords(ids=[r['config_id'] for r in records], dimensions=[*dimensions, score], line=dict(color=scores, colorscale=SCORES), labelangle=-25, labelside='top', unselected=dict(line=dict(opacity=0.08)))
     return chart_figure([trace], {}, {}, margin=dict(l=60, r=40, t=76, b=20), height=360)

@@ -59,12 +59,12 @@ def _path(folder: str|Path, name: str, table: ReplayTable, budgets: list[float])
 
 # %% ../nbs/72_comparison.ipynb #72comparison009
 def replay(
-    methods: dict[str, Method],
-    tables: Sequence[ReplayTable],
+    methods: dict[str, Method], # By name, from `named_methods`
+    tables: Sequence[ReplayTable], # With different names
     budgets: Sequence[float], # In FTE
-    seeds: Sequence[int],
-    n_workers: int = 1,
-    folder: str|Path = 'runs/replay',
+    seeds: Sequence[int], # Of the methods
+    n_workers: int = 1, # Processes
+    folder: str|Path = 'runs/replay', # Where each method's runs on each table are kept as CSV
 ) -> pd.DataFrame: # A row per method, table, seed and budget: both regrets, seconds of the method, FTE spent
     "Play all methods on all tables with all seeds, and go on where an earlier call stopped"
     budgets, files, tasks = sorted(map(float, budgets)), {}, []
@@ -105,7 +105,7 @@ def average_ranks(
 
 def mean_regrets(
     frame: pd.DataFrame, # From `replay`
-    value: str = 'normalised_regret',
+    value: str = 'normalised_regret', # A column; lower is better
 ) -> pd.DataFrame: # Index (method, budget); mean, se
     "Mean regret at each budget"
     return _mean_and_error(frame, value)
@@ -119,9 +119,9 @@ def _matrix(frame: pd.DataFrame, budget: float, value: str, blocks: Sequence[str
 def friedman_nemenyi(
     frame: pd.DataFrame, # From `replay`, with at least three methods
     budget: float, # One of the frame's
-    value: str = 'normalised_regret',
+    value: str = 'normalised_regret', # A column; lower is better
     blocks: Sequence[str] = ('table',), # What counts as one observation
-    alpha: float = 0.05,
+    alpha: float = 0.05, # Chance of an error that the critical difference allows
 ) -> dict[str, Any]: # n_blocks, statistic, p_value, critical_difference, average_rank by method
     "Friedman's test and Nemenyi's critical difference"
     matrix = _matrix(frame, budget, value, blocks)
@@ -134,7 +134,7 @@ def friedman_nemenyi(
 
 # %% ../nbs/72_comparison.ipynb #72comparison013
 def holm(
-    p_values: Sequence[float],
+    p_values: Sequence[float], # Of one family of tests, in any order
 ) -> np.ndarray: # In the same order, not below the given
     "Holm's step-down correction for many tests"
     p, order = np.asarray(p_values, float), np.argsort(p_values, kind='stable')
@@ -145,7 +145,7 @@ def holm(
 def wilcoxon_holm(
     frame: pd.DataFrame, # From `replay`
     budget: float, # One of the frame's
-    value: str = 'normalised_regret',
+    value: str = 'normalised_regret', # A column; lower is better
     blocks: Sequence[str] = ('table',), # What counts as one observation
 ) -> pd.DataFrame: # One row a pair: first, second, median_difference (below 0: first is better), p_value, p_holm
     "Wilcoxon's signed-rank test of all pairs of methods"
@@ -186,7 +186,7 @@ def _plot_means(means: pd.DataFrame, ylabel: str) -> Figure:
 # %% ../nbs/72_comparison.ipynb #72comparison017
 def plot_regret(
     frame: pd.DataFrame, # From `replay`
-    value: str = 'normalised_regret',
+    value: str = 'normalised_regret', # A column; lower is better
 ) -> Figure:
     "Mean regret against cost, both axes logarithmic; the bands are one standard error over seeds"
     figure = _plot_means(mean_regrets(frame, value), value.replace('_', ' '))
@@ -197,7 +197,7 @@ def plot_regret(
 
 def plot_ranks(
     frame: pd.DataFrame, # From `replay`
-    value: str = 'normalised_regret',
+    value: str = 'normalised_regret', # A column; lower is better
 ) -> Figure:
     "Average rank against cost; the bands are one standard error over seeds"
     figure = _plot_means(average_ranks(frame, value), 'average rank (1 is best)')

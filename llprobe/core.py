@@ -10,12 +10,19 @@ from typing import Any, Iterator
 import numpy as np
 
 # %% auto #0
-__all__ = ['METRICS', 'InputError', 'plain', 'digest', 'derive_seed', 'atomic_path', 'write_json', 'score_key', 'name_scores',
-           'show_score', 'show_value']
+__all__ = ['METRICS', 'InputError', 'is_number', 'plain', 'digest', 'derive_seed', 'atomic_path', 'write_json', 'score_key',
+           'name_scores', 'show_score', 'show_value']
 
 # %% ../nbs/00_core.ipynb #00core005
 class InputError(ValueError):
     "Input that the user can mend: its message is one sentence that says how"
+
+# %% ../nbs/00_core.ipynb #00coren01
+def is_number(
+    value: Any, # Whatever a user wrote
+) -> bool:
+    "A whole or real number, perhaps NaN, but neither true nor false"
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 # %% ../nbs/00_core.ipynb #00core008
 def plain(
@@ -97,7 +104,7 @@ def name_scores(
     return {names.get(key, key): value for key, value in values.items()}
 
 def show_score(
-    score: float,
+    score: float, # An accuracy as a fraction, or R²
     metric: str, # A key of `METRICS`
     digits: int=2, # Of the percentage; R² has one more
 ) -> str:

@@ -19,7 +19,9 @@ from .perturbation import LossSurface, loss_surface
 __all__ = ['flatten', 'unflatten', 'Hessian', 'hessian', 'Krylov', 'Eigenvalues', 'extreme_eigenvalues', 'random_vector']
 
 # %% ../nbs/34_curvature.ipynb #34curvature005
-def flatten(tree: dict[str, Tensor]) -> Tensor: # (n_weights,)
+def flatten(
+    tree: dict[str, Tensor], # By parameter name
+) -> Tensor: # (n_weights,)
     "All entries in one vector"
     return torch.cat([t.reshape(-1) for t in tree.values()])
 
@@ -125,12 +127,17 @@ def hessian(
 # %% ../nbs/34_curvature.ipynb #34curvature011
 class Krylov:
     "An orthonormal basis grown by products with a symmetric operator, and the operator's matrix in it"
-    def __init__(self, product: Callable[[Tensor], Tensor], like: Tensor):
+    def __init__(self,
+        product: Callable[[Tensor], Tensor], # (n,) to (n,): linear and symmetric
+        like: Tensor, # (n,), says device and type
+    ):
         self.product, self.basis = product, like.new_zeros(16, len(like)) # One basis vector per row
         self.matrix = torch.zeros(16, 16, dtype=torch.double)
         self.size, self.multiplied, self.pending = 0, [], []
 
-    def add(self, vector: Tensor) -> bool: # Was there anything new in it?
+    def add(self,
+        vector: Tensor, # (n,)
+    ) -> bool: # Was there anything new in it?
         "Append the part of a vector that is orthogonal to the basis"
         before = float(vector.norm())
         _, rest, norm = self._split(vector)

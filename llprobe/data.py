@@ -36,17 +36,34 @@ class Dataset:
     task: str = 'classification' # One of `TASKS`
 
     @property
-    def n_classes(self) -> int: return len(self.classes)
+    def n_classes(self) -> int: # 0 for a regression
+        "How many classes there are"
+        return len(self.classes)
+
     @property
-    def n_outputs(self) -> int: return self.n_classes or 1 # Of a network
+    def n_outputs(self) -> int: # 1 for a regression
+        "How many outputs a network needs"
+        return self.n_classes or 1
+
     @property
-    def metric(self) -> str: return 'accuracy' if self.classes else 'r2' # A key of `core.METRICS`
+    def metric(self) -> str: # A key of `core.METRICS`
+        "What a score is"
+        return 'accuracy' if self.classes else 'r2'
+
     @property
-    def chance_score(self) -> float: return 1/self.n_classes if self.classes else 0.0 # Of guessing, or of naming the mean
+    def chance_score(self) -> float: # 1/n_classes of an accuracy, 0 of R²
+        "The score of guessing, or of naming the mean"
+        return 1/self.n_classes if self.classes else 0.0
+
     @property
-    def input_shape(self) -> tuple[int, ...]: return tuple(self.train_x.shape[1:]) # `(c, h, w)` or `(d,)`
+    def input_shape(self) -> tuple[int, ...]: # `(c, h, w)` or `(d,)`
+        "The shape of one sample"
+        return tuple(self.train_x.shape[1:])
+
     @property
-    def is_image(self) -> bool: return self.train_x.ndim == 4
+    def is_image(self) -> bool: # False for features
+        "Are the samples images?"
+        return self.train_x.ndim == 4
 
     def __repr__(self) -> str:
         n_test = 'no' if self.test_y is None else len(self.test_y)
@@ -350,7 +367,7 @@ def strata(
 def stratified_mask(
     y: np.ndarray, # `(n,)` labels
     m: int, # Samples to choose
-    rng: np.random.Generator,
+    rng: np.random.Generator, # Draws within each class
 ) -> np.ndarray: # `(n,)` booleans, `m` of them true
     "Choose of each class its exact share `m*n_class/n`, rounded down or up"
     n = len(y)
@@ -372,7 +389,7 @@ class Split:
     mean: Tensor # `(c,)` or `(d,)` float32, of the raw training part
     std: Tensor # Likewise, never 0
     target_mean: float = 0.0 # Of the training part's targets; 0 and 1 for classes
-    target_std: float = 1.0
+    target_std: float = 1.0 # Their deviation, likewise
 
     def inputs(self,
         part: str, # 'train', 'val' or 'test'
@@ -394,11 +411,19 @@ class Split:
         return x, ((y.double()-self.target_mean)/self.target_std).float() if y.is_floating_point() else y
 
     @property
-    def train_y(self) -> Tensor: return self.dataset.train_y[self.train]
+    def train_y(self) -> Tensor: # `(n,)` int64 labels or float32 targets in the data's units
+        "Targets of the training part"
+        return self.dataset.train_y[self.train]
+
     @property
-    def val_y(self) -> Tensor: return self.dataset.train_y[self.val]
+    def val_y(self) -> Tensor: # As `train_y`
+        "Targets of the validation part"
+        return self.dataset.train_y[self.val]
+
     @property
-    def test_y(self) -> Tensor: return (self.dataset.train_y if self.dataset.test_y is None else self.dataset.test_y)[self.test]
+    def test_y(self) -> Tensor: # As `train_y`
+        "Targets of the test part"
+        return (self.dataset.train_y if self.dataset.test_y is None else self.dataset.test_y)[self.test]
 
     def __repr__(self) -> str:
         return f'Split({self.dataset.name!r}: {len(self.train)} train, {len(self.val)} val, {len(self.test)} test, seed {self.seed})'

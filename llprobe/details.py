@@ -28,10 +28,10 @@ def shown_record(
 @dataclass(frozen=True)
 class Details:
     "What a config's model shows"
-    level: float
+    level: float # Of the record whose model it is
     purpose: str # 'final' or 'probe'
-    evaluation: Evaluation|None = None
-    landscape: Landscape|None = None
+    evaluation: Evaluation|None = None # Its answers
+    landscape: Landscape|None = None # The loss around it
     reason: str = '' # Why there is nothing
 
 # %% ../nbs/79_details.ipynb #79details007

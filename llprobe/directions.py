@@ -29,7 +29,10 @@ class Plane:
     marks: np.ndarray|None = field(default=None, repr=False) # (points, directions): coordinates of known weights
     facts: dict[str, Any] = field(default_factory=dict) # What else is known, such as eigenvalues or explained variance
 
-def dot(a: dict[str, Tensor], b: dict[str, Tensor]) -> float: # In double precision
+def dot(
+    a: dict[str, Tensor], # By parameter name
+    b: dict[str, Tensor], # Likewise
+) -> float: # In double precision
     "Inner product over the names that both have"
     return sum(float((a[n].double()*b[n].double()).sum()) for n in a if n in b)
 

@@ -40,6 +40,7 @@ class Evaluation:
 
     @property
     def confusion(self) -> np.ndarray: # (classes, classes) counts: rows the truth, columns the predictions
+        "How often each class was taken for which"
         return confusion_matrix(self.truth, self.predicted, labels=range(len(self.classes)))
 
 def _outputs(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor: # (n, outputs) on the CPU
@@ -48,7 +49,7 @@ def _outputs(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.
 def evaluate_part(
     study: StudyReader,
     config: str, # Its config_id
-    level: float = 1.0,
+    level: float = 1.0, # That it was trained at
     purpose: str = 'final', # Or 'probe'
     part: str|None = None, # By default the test part for the full training, and the validation part for all others
 ) -> Evaluation: # Raises `InputError` for the test part of a probe, and for a model that diverged
@@ -85,7 +86,9 @@ def mistakes(self: Evaluation,
     return wrong[np.argsort(-self.confidence[wrong], kind='stable')][:n].tolist()
 
 @patch
-def examples(self: Evaluation, n: int = 12) -> list[int]: # Positions in the part
+def examples(self: Evaluation,
+    n: int = 12, # At most
+) -> list[int]: # Positions in the part
     "Samples of each class in turn, the part's first ones: not chosen by how they were answered"
     order = [np.flatnonzero(self.truth == k) for k in range(len(self.classes))]
     turns = [int(group[i]) for i in range(n) for group in order if i < len(group)]

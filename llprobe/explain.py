@@ -12,7 +12,7 @@ from sklearn.inspection import permutation_importance
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from .core import InputError, derive_seed
-from .space import SearchSpace
+from .space import SearchSpace, _active, encoded_columns
 
 # %% auto #0
 __all__ = ['MIN_PROBES', 'importance', 'interactions', 'why_chosen']
@@ -36,10 +36,7 @@ def _rows(records: Iterable[dict], level: float|None) -> tuple[list[dict], np.nd
 # %% ../nbs/57_explain.ipynb #57explain00b
 def _columns(space: SearchSpace) -> dict[str, list[int]]: # By hyper-parameter; constants have none
     "Encoded columns of each hyper-parameter"
-    groups: dict[str, list[int]] = {}
-    for column, name in enumerate(space.encoded_names):
-        if not name.endswith(':active'): groups.setdefault(name.split('=')[0], []).append(column)
-    return groups
+    return encoded_columns(space.encoded_names)
 
 def _surrogate(space: SearchSpace, configs: list[dict], seed: int) -> tuple[Pipeline, np.ndarray]: # Unfitted; row numbers (n, d)
     "A forest over row numbers"
@@ -112,9 +109,9 @@ def _pairs(predict: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> lis
 # %% ../nbs/57_explain.ipynb #57explain01a
 def interactions(
     records: Iterable[dict], # As for `importance`
-    space: SearchSpace,
-    level: float|None = None,
-    seed: int = 0,
+    space: SearchSpace, # Theirs
+    level: float|None = None, # As for `importance`
+    seed: int = 0, # Of the forest, and of the rows that pairs are judged on
 ) -> pd.DataFrame: # Columns first, second, share (of the predictions' variance), h2; largest share first; `.attrs` as `importance`
     "Which pairs of hyper-parameters work together; `InputError` for fewer than 8 probes"
     model, rows, _, _, attrs = _fit(records, space, level, seed)
@@ -138,17 +135,15 @@ def _typical(space: SearchSpace, configs: list[dict]) -> dict[str, Any]: # Media
 
 def _changed(space: SearchSpace, config: dict, name: str, typical: dict[str, Any]) -> dict[str, Any]:
     "The config with one typical value, and whatever follows"
-    values, changed = typical | config | {name: typical[name]}, {}
-    for each in space.names: changed |= {each: values[each]} if space.is_active(each, changed) else {}
-    return changed
+    return _active(space, typical | config | {name: typical[name]})
 
 # %% ../nbs/57_explain.ipynb #57explain020
 def why_chosen(
     records: Iterable[dict], # As for `importance`
-    space: SearchSpace,
+    space: SearchSpace, # Theirs
     config: dict[str, Any], # The one to explain; it need not be among the probed
-    level: float|None = None,
-    seed: int = 0,
+    level: float|None = None, # As for `importance`
+    seed: int = 0, # Of the forest
 ) -> pd.DataFrame: # Columns hyperparameter, value, typical, change; what would cost most comes first; `.attrs` as `importance`
     "How the predicted score changes when one hyper-parameter of a config becomes typical; `InputError` for fewer than 8 probes"
     config = space.validate(config)

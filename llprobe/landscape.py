@@ -37,7 +37,9 @@ class Landscape:
         "Points along each dimension"
         return tuple(len(self.coords[d]) for d in self.dims)
 
-    def sel(self, **position: float) -> dict[str, Any]: # Coordinates and values of the nearest grid point
+    def sel(self,
+        **position: float, # One for each of `dims`, or `InputError`
+    ) -> dict[str, Any]: # Coordinates and values of the nearest grid point
         "Look up the point nearest to a position, such as `sel(x=0.1, y=-0.3)`"
         if set(position) != set(self.dims): raise InputError(f'a position must name {", ".join(self.dims)}, got {", ".join(position) or "nothing"}')
         index = tuple(int(np.abs(self.coords[d]-position[d]).argmin()) for d in self.dims)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from .core import METRICS, InputError, show_score
 from .landscape import Landscape, load_landscape
 from .solutions import ROLES
-from .visualization import COLOURS, colour_bar, panels
+from .visualization import COLOURS, colour_bar, log_ticks, panels
 
 # %% auto #0
 __all__ = ['read_landscapes', 'line_frame', 'plot_lines', 'plane_frame', 'plot_planes', 'plot_surface', 'landscape_figures']
@@ -83,20 +83,13 @@ def _contours(axis: Axes, plane: Landscape) -> None:
     axis.contourf(plane.coords['x'], plane.coords['y'], grid, steps, norm=norm, cmap='viridis')
     axis.contour(plane.coords['x'], plane.coords['y'], grid, steps[::3], colors='white', linewidths=0.3, alpha=0.6)
     axis.grid(False)
-    colour_bar(axis.figure, ScalarMappable(norm, 'viridis'), axis, ticks=_ticks(norm), format='{x:g}')
+    colour_bar(axis.figure, ScalarMappable(norm, 'viridis'), axis, ticks=log_ticks(norm.vmin, norm.vmax), format='{x:g}')
 
 def _range(plane: Landscape) -> LogNorm:
     "A colour scale; that of a flat plane spans a percent"
     values = plane.values['loss']
     low, high = (float(end(values[np.isfinite(values) & (values > 0)])) for end in (np.min, np.max))
     return LogNorm(low, max(high, 1.01*low))
-
-def _ticks(norm: LogNorm, n: int = 6) -> list[float]:
-    "At most `n` powers of ten, or round numbers where there are too few"
-    first, last = np.ceil(np.log10(norm.vmin)), np.floor(np.log10(norm.vmax))
-    if last-first >= 2: return (10.0**np.arange(first, last+1, max(1, np.ceil((last-first)/(n-1))))).tolist()
-    digits = 2 if norm.vmax > 1.5*norm.vmin else 4
-    return sorted({float(f'{t:.{digits}g}') for t in np.geomspace(norm.vmin, norm.vmax, n)[1:-1]})
 
 def _draw_path(axis: Axes, plane: Landscape) -> None:
     "The projected weights of every epoch, up to the cross"
@@ -135,7 +128,7 @@ def plot_surface(
     axis.plot_surface(x, y, height, cmap='viridis', rstride=1, cstride=1, lw=0.15, edgecolor='#444444')
     axis.contourf(x, y, height, 12, zdir='z', offset=height.min()-0.25*np.ptp(height), cmap='viridis', alpha=0.7)
     axis.set(xlabel='direction 1', ylabel='direction 2', zlabel='training loss', zlim=(height.min()-0.25*np.ptp(height), height.max()))
-    ticks = _ticks(norm)
+    ticks = log_ticks(norm.vmin, norm.vmax)
     axis.set_zticks(np.log10(ticks), [f'{t:.4g}' for t in ticks])
     for each, coords in zip('xy', plane.coords.values()): getattr(axis, f'set_{each}ticks')(np.linspace(coords[0], coords[-1], 5))
     axis.tick_params(labelsize=6, pad=0)

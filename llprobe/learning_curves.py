@@ -22,7 +22,7 @@ WINDOWS = (0.75, 1.5, 3.0) # Lengths of the fitted parts, in log n: one, two and
 def log_error(
     error: np.ndarray, # 1 − score, any shape; NaN where unknown
 ) -> np.ndarray: # The same shape
-    "The error on the scale on which learning curves are lines"
+    "The error's logarithm above a floor: the scale on which errors of any task can be compared, whatever its chance"
     return np.log(np.maximum(error, 0)+FLOOR)
 
 def error_from_log(

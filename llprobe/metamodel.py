@@ -16,8 +16,15 @@ from .features import FAMILIES, feature_columns
 
 class MetaModel(Protocol):
     "What a search needs of a meta-model"
-    def fit(self, frame: pd.DataFrame) -> MetaModel: ...
-    def predict(self, frame: pd.DataFrame) -> pd.DataFrame: ...
+    def fit(self,
+        frame: pd.DataFrame, # From `features.feature_frame`
+    ) -> MetaModel: # Itself
+        "Learn from everything known by now"
+
+    def predict(self,
+        frame: pd.DataFrame, # From `features.feature_frame`
+    ) -> pd.DataFrame: # By config_id: mean and std of the score at level 1, and the level it is predicted from
+        "Predict each config from its highest level"
 
 # %% auto #0
 __all__ = ['MetaModel', 'log_odds_error', 'score_at', 'level_pairs', 'pair_weights', 'exponent_spread', 'PowerLawModel']
@@ -28,7 +35,7 @@ def log_odds_error(
     n_samples: int, # Validation samples behind it
     chance: float, # Score of chance: 1/n_classes of an accuracy, 0 of R²
 ) -> tuple[np.ndarray, np.ndarray]: # z, its variance
-    "The error on the scale on which learning curves are lines"
+    "The error's odds against that of chance, in logarithm: the scale on which a learning curve is a line near chance too"
     worst, margin = 1-chance, 0.5/n_samples
     error = (1-np.asarray(score, float)).clip(margin, worst-margin)
     slope = 1/error+1/(worst-error)

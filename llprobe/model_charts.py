@@ -9,11 +9,11 @@ from typing import Any, Iterable, Sequence
 import numpy as np, plotly.graph_objects as go
 from .core import METRICS, InputError
 from .landscape import Landscape
-from .visualization import COLOURS
+from .visualization import COLOURS, LOWEST_SCORE, log_ticks
 
 # %% auto #0
 __all__ = ['CYCLE', 'SCORES', 'QUIET', 'GRID', 'INK', 'show_text', 'plain_numbers', 'chart_axis', 'chart_figure', 'score_axis',
-           'message_chart', 'log_ticks', 'landscape_chart', 'surface_chart', 'confusion_chart']
+           'message_chart', 'landscape_chart', 'surface_chart', 'confusion_chart']
 
 # %% ../nbs/75a_model_charts.ipynb #75amodelchar005
 CYCLE = (*(COLOURS[name] for name in ('blue', 'orange', 'green', 'red')), '#CC79A7', '#56B4E9') # After Okabe and Ito
@@ -28,27 +28,42 @@ def show_text(
     text = str(value)
     return html.escape(text if len(text) <= most else f'{text[:most-1]}…', quote=False)
 
-def plain_numbers(values: Iterable[Any]) -> list[float|None]:
-    "Five digits each; whatever is not finite leaves a gap"
+def plain_numbers(
+    values: Iterable[Any], # Numbers of any kind, or None
+) -> list[float|None]: # None for whatever is not finite, which leaves a gap
+    "Five digits each"
     return [None if v is None or not math.isfinite(v) else float(f'{v:.5g}') for v in values]
 
 # %% ../nbs/75a_model_charts.ipynb #75amodelchar007
-def chart_axis(title: str|None = None, **more: Any) -> dict[str, Any]:
+def chart_axis(
+    title: str|None = None, # Beside the axis
+    **more: Any, # Of plotly's layout.xaxis
+) -> dict[str, Any]: # For `chart_figure`
     "A quiet axis with room for its labels"
     return dict(title=dict(text=title, standoff=6), gridcolor=GRID, zeroline=False, automargin=True) | more
 
-def chart_figure(traces: Iterable[Any], x: dict[str, Any], y: dict[str, Any], **layout: Any) -> go.Figure:
+def chart_figure(
+    traces: Iterable[Any], # Of plotly
+    x: dict[str, Any], # From `chart_axis`
+    y: dict[str, Any], # Likewise
+    **layout: Any, # Of plotly's layout; height in pixels
+) -> go.Figure:
     "A figure in the common style"
     legend = dict(orientation='h', x=0, xref='container', y=1, yref='container', yanchor='top', bgcolor='rgba(0,0,0,0)')
     common = dict(template=go.layout.Template(), paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)', font=dict(color=INK, size=12), height=340,
                   margin=dict(l=44, r=12, t=30, b=40), hovermode='closest', hoverlabel=dict(align='left'), colorway=CYCLE, legend=legend)
     return go.Figure(list(traces), common | dict(xaxis=x, yaxis=y) | layout)
 
-def score_axis(metric: str, values: Iterable[Any], title: str|None = None, **more: Any) -> dict[str, Any]:
+def score_axis(
+    metric: str, # A key of `core.METRICS`
+    values: Iterable[Any], # The scores to be shown; None and NaN are passed over
+    title: str|None = None, # By default the metric of the validation part
+    **more: Any, # As for `chart_axis`
+) -> dict[str, Any]: # For `chart_figure`
     "An axis of scores; R² has no lower end, and what is far below that of naming the mean is left out"
     found = [v for v in values if v is not None and math.isfinite(v)]
     axis = chart_axis(f'validation {METRICS[metric]}' if title is None else title, **(dict(tickformat='.0%') if metric == 'accuracy' else {}))
-    if metric != 'accuracy' and found and min(found) < -0.5: axis['range'] = [-0.55, max(*found, 0.1)*1.05]
+    if metric != 'accuracy' and found and min(found) < LOWEST_SCORE: axis['range'] = [LOWEST_SCORE-0.05, max(*found, 0.1)*1.05]
     return axis | more
 
 def message_chart(
@@ -59,13 +74,6 @@ def message_chart(
     hidden = dict(visible=False)
     return chart_figure([], hidden, hidden, annotations=[note], height=120, meta=dict(message=text))
 
-# %% ../nbs/75a_model_charts.ipynb #75amodelchar009
-def log_ticks(low: float, high: float) -> list[float]:
-    "Powers of ten, or where there are few of them also 2 and 5 times"
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high))+1)
-    steps = (1,) if len(powers) > 3 else (1, 2, 5)
-    return [v for p in powers for s in steps if low*0.999 <= (v := s*10.0**p) <= high*1.001]
-
 # %% ../nbs/75a_model_charts.ipynb #75amodelchar00d
 def _logarithms(values: np.ndarray) -> tuple[np.ndarray, list[float], list[str]]: # log10, ticks, their text
     "Logarithms of losses, NaN where they are not finite"
@@ -73,11 +81,8 @@ def _logarithms(values: np.ndarray) -> tuple[np.ndarray, list[float], list[str]]
     floor = max(float(finite.max(initial=1))*1e-6, 1e-12)
     logs = np.log10(np.where(np.isfinite(values), np.maximum(values, floor), np.nan))
     if not len(finite): return logs, [], []
-    low, high = np.nanmin(logs), np.nanmax(logs)
-    marks = log_ticks(10**low, 10**high)
-    if len(marks) < 2: marks = [10**v for v in np.linspace(low, high, 4)]
-    marks = marks[::max(1, len(marks)//6)]
-    return logs, [math.log10(m) for m in marks], [f'{m:.3g}' for m in marks]
+    marks = log_ticks(10**np.nanmin(logs), 10**np.nanmax(logs))
+    return logs, [math.log10(m) for m in marks], [f'{m:.4g}' for m in marks]
 
 def _grid(landscape: Landscape, quantity: str) -> tuple[list, list, list, list, dict[str, Any]]: # x, y, z, text, color bar
     "A plane's arrays as plotly wants them: rows along y"
@@ -89,7 +94,7 @@ def _grid(landscape: Landscape, quantity: str) -> tuple[list, list, list, list, 
     return x, y, [plain_numbers(row) for row in z], [[f'{v:.4g}' for v in row] for row in values], bar
 
 def landscape_chart(
-    landscape: Landscape,
+    landscape: Landscape, # Of one direction or two
     quantity: str = 'loss', # A key of its `values`
 ) -> go.Figure:
     "A line, or the contours of a plane, with the solution marked"
@@ -108,8 +113,8 @@ def landscape_chart(
     return chart_figure([contour, path], chart_axis('first direction', showgrid=False), chart_axis('second direction', showgrid=False), height=380)
 
 def surface_chart(
-    landscape: Landscape, # Of two directions
-    quantity: str = 'loss',
+    landscape: Landscape, # Of two directions, or `InputError`
+    quantity: str = 'loss', # A key of its `values`
 ) -> go.Figure:
     "A plane as a surface to turn, its height the logarithm"
     x, y, z, text, bar = _grid(landscape, quantity)
@@ -121,7 +126,7 @@ def surface_chart(
 # %% ../nbs/75a_model_charts.ipynb #75amodelchar010
 def confusion_chart(
     matrix: np.ndarray, # (classes, classes) counts: rows the truth, columns the predictions
-    classes: Sequence[str],
+    classes: Sequence[str], # Names, by label
 ) -> go.Figure:
     "How often each class was taken for which; coloured by the share of the class's samples"
     matrix, n = np.asarray(matrix), len(classes)

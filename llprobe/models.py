@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from .core import InputError, derive_seed
+from .core import InputError, derive_seed, is_number
 
 # %% auto #0
 __all__ = ['SAMPLEWISE', 'Architecture', 'ARCHITECTURES', 'Dropout', 'simple_cnn', 'mlp', 'resnet', 'import_function',
@@ -21,8 +21,7 @@ __all__ = ['SAMPLEWISE', 'Architecture', 'ARCHITECTURES', 'Dropout', 'simple_cnn
 def _number(config: dict[str, Any], name: str, default: float, low: float, high: float=float('inf'), whole: bool=True) -> float:
     "`config[name]`, a number in [low, high)"
     value = config.get(name, default)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and low <= value < high and (not whole or value == int(value))):
+    if not (is_number(value) and low <= value < high and (not whole or value == int(value))):
         kind = 'a whole number' if whole else 'a number'
         bounds = f'of at least {low}' if high == float('inf') else f'in [{low}, {high})'
         raise InputError(f"{name} must be {kind} {bounds}, got {value!r}: change it in the config or the search space")
@@ -33,11 +32,16 @@ def _dropout(config: dict[str, Any], default: float) -> nn.Dropout:
 
 class Dropout(nn.Dropout):
     "`nn.Dropout` whose probability is a buffer, so that members of a stack may differ in it and still share their random numbers"
-    def __init__(self, p: float): # In [0, 1)
+    def __init__(self,
+        p: float, # In [0, 1)
+    ):
         super().__init__(p)
         self.register_buffer('probability', torch.tensor(p), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self,
+        x: Tensor, # Any shape
+    ) -> Tensor: # The same shape
+        "Zero entries at random and scale up the others, in training mode"
         if not self.training: return x
         return x*(torch.rand(x.shape, device=x.device) >= self.probability)/(1-self.probability)
 

@@ -8,11 +8,11 @@ import contextlib, math
 from typing import Any, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from .augmentation import AUGMENTATIONS
-from .core import InputError
-from .space import OPTIMIZERS
+from .batches import batchnorms
+from .core import InputError, is_number
+from .space import OPTIMIZERS, RANGES
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'SHARPNESS_AWARE', 'AVERAGES', 'DEFAULTS', 'resolve_config', 'trainable', 'make_optimizer',
@@ -32,17 +32,14 @@ DEFAULTS = dict(
     averaging='none', ema_decay=0.99, swa_start=0.75) # SWA averages from that share of the epochs on
 
 _CHOICES = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, augment=AUGMENTATIONS, sharpness_aware=SHARPNESS_AWARE, averaging=AVERAGES)
-_RANGES = dict(momentum=(0, 1), weight_decay=(0, math.inf), label_smoothing=(0, 1), batch_size=(1, math.inf), warmup=(0, 1), cutout=(0, 1),
-               mixup=(0, math.inf), clip_norm=(0, math.inf), ema_decay=(0, 1), swa_start=(0, 1))
 _POSITIVE = ('learning_rate', 'rho')
 
 # %% ../nbs/21_optimization.ipynb #21optimizati007
 def _check_number(name: str, value: Any) -> None:
     "Raise unless the value lies in the name's range"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if name in _POSITIVE and not (number and 0 < value < math.inf): raise InputError(f'{name} must be a number above 0, got {value!r}')
-    low, high = _RANGES.get(name, (0, math.inf))
-    if not (number and low <= value < high): raise InputError(f'{name} must be a number in [{low}, {high}), got {value!r}')
+    if name in _POSITIVE and not (is_number(value) and 0 < value < math.inf): raise InputError(f'{name} must be a number above 0, got {value!r}')
+    low, high = RANGES[name]
+    if not (is_number(value) and low <= value < high): raise InputError(f'{name} must be a number in [{low}, {high}), got {value!r}')
 
 def resolve_config(
     config: dict, # Hyper-parameters; names unknown to training are left to the architecture
@@ -54,7 +51,7 @@ def resolve_config(
     for name, allowed in _CHOICES.items():
         if full[name] not in allowed: raise InputError(f'{name} must be one of {", ".join(allowed)}, got {full[name]!r}')
     if full['warmup'] is None: full['warmup'] = 0.25 if full['schedule'] == 'one_cycle' else 0.0
-    for name in (*_RANGES, *_POSITIVE): _check_number(name, full[name])
+    for name in RANGES: _check_number(name, full[name])
     if full['batch_size'] != int(full['batch_size']): raise InputError(f'batch_size must be a whole number, got {full["batch_size"]}')
     if task == 'regression' and full['label_smoothing']:
         raise InputError(f'label_smoothing must be 0 for a regression, got {full["label_smoothing"]!r}: only classes can be smoothed')
@@ -108,9 +105,11 @@ def ascended(
 
 # %% ../nbs/21_optimization.ipynb #21optimizati014
 @contextlib.contextmanager
-def untracked_batchnorm(model: nn.Module) -> Iterator[None]:
+def untracked_batchnorm(
+    model: nn.Module, # In training mode
+) -> Iterator[None]:
     "BatchNorm uses the batch and leaves its running statistics alone inside the block"
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = [m for m in batchnorms(model) if m.track_running_stats]
     for m in layers: m.track_running_stats = False
     try: yield
     finally:
@@ -130,11 +129,13 @@ class Averaging:
         self.averaged = None if self.kind == 'none' else AveragedModel(model, multi_avg_fn=average)
 
     def after_step(self) -> None:
+        "Count the weights of a step, for an exponential average"
         if self.kind == 'ema': self.averaged.update_parameters(self.model)
 
     def after_epoch(self,
         epoch: int, # Just finished, from 0
     ) -> None:
+        "Count the weights of an epoch, for a stochastic average"
         if self.kind == 'swa' and epoch >= self.first_epoch: self.averaged.update_parameters(self.model)
 
     def finish(self,
@@ -142,7 +143,7 @@ class Averaging:
     ) -> bool: # Whether they were read
         "Put the average in the model's place"
         if self.averaged is None or not int(self.averaged.n_averaged): return False
-        has_batchnorm = any(isinstance(m, _BatchNorm) for m in self.model.modules())
+        has_batchnorm = bool(batchnorms(self.model))
         if has_batchnorm: update_bn(inputs, self.averaged)
         self.model.load_state_dict(self.averaged.module.state_dict())
         return has_batchnorm

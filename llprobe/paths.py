@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from .core import InputError, derive_seed
-from .batches import Batch, call_model, check_loss, differentiable, scalar_loss
+from .batches import Batch, batchnorms, call_model, check_loss, differentiable, scalar_loss
 from .directions import dot
 from .landscape import Landscape
 from .perturbation import LossSurface, check_weights, load_weights, loss_surface
@@ -101,8 +100,7 @@ def _draws(n_steps: int, n_batches: int, seed: int) -> Iterator[tuple[float, int
 def _batch_statistics(model: nn.Module, n: int) -> Iterator[None]:
     "Derivatives exist, and BatchNorm normalises by the batch, unless it is a single sample"
     with differentiable(model):
-        for module in model.modules():
-            if isinstance(module, _BatchNorm) and n > 1: module.train()
+        for layer in batchnorms(model) if n > 1 else (): layer.train()
         yield
 
 def _orthogonal_gradient(surface: LossSurface, batch: Batch, tangent: Weights) -> Weights:

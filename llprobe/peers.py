@@ -12,6 +12,7 @@ import llprobe
 from .core import InputError
 from .execution import _environment
 from .replay import ETA, BudgetSpent, ReplayTable, Run, ladder, train_rest
+from .space import encoded_columns
 
 # %% auto #0
 __all__ = ['parameters', 'n_choices', 'Proposals', 'optuna_hyperband', 'hyperband_trials', 'smac_multifidelity', 'dehb_python',
@@ -28,10 +29,7 @@ def parameters(
     table: ReplayTable,
 ) -> dict[str, list[int]]: # Of each hyper-parameter its columns: one for a number, one per choice for a categorical
     "What the peers search over"
-    groups: dict[str, list[int]] = {}
-    for column, name in enumerate(table.names):
-        if not name.endswith(':active'): groups.setdefault(name.split('=')[0], []).append(column)
-    return groups
+    return encoded_columns(table.names)
 
 def n_choices(table: ReplayTable) -> dict[str, int|None]: # None for a number
     "How many choices each hyper-parameter has"
@@ -40,18 +38,25 @@ def n_choices(table: ReplayTable) -> dict[str, int|None]: # None for a number
 # %% ../nbs/65_peers.ipynb #65peers009
 class Proposals:
     "Between a peer's points and the rows of the table"
-    def __init__(self, run: Run):
+    def __init__(self,
+        run: Run, # What trainings are charged to
+    ):
         self.run, self.rungs, self.columns, self.choices = run, ladder(run.table), parameters(run.table), n_choices(run.table)
         self._used = np.zeros((len(self.rungs), run.n), bool)
         self._weight = np.concatenate([np.full(len(c), 1.0 if self.choices[name] is None else 0.5) for name, c in self.columns.items()])
         self._points = run.table.encoded[:, np.concatenate(list(self.columns.values()))]
 
-    def point(self, config: int) -> dict[str, float|int]: # By hyper-parameter
+    def point(self,
+        config: int, # Row of the table
+    ) -> dict[str, float|int]: # By hyper-parameter
         "A row as a point: numbers, and the indices of choices"
         row = self.run.table.encoded[config]
         return {name: float(row[c[0]]) if self.choices[name] is None else int(row[c].argmax()) for name, c in self.columns.items()}
 
-    def nearest(self, point: dict[str, float|int], rung: int = 0) -> int: # Row of the table
+    def nearest(self,
+        point: dict[str, float|int], # By hyper-parameter, as of `point`
+        rung: int = 0, # Where it is to be trained, from the cheapest
+    ) -> int: # Row of the table
         "The nearest row not trained at the rung, or else at one above; raise `BudgetSpent` when all are trained in full"
         free = next((~used for used in self._used[rung:] if not used.all()), None)
         if free is None: raise BudgetSpent
@@ -59,7 +64,10 @@ class Proposals:
         distance = (self._weight*(self._points-np.concatenate(parts))**2).sum(1)
         return int(np.where(free, distance, np.inf).argmin())
 
-    def train(self, config: int, rung: int) -> tuple[float, bool]: # Value, and whether it diverged
+    def train(self,
+        config: int, # Row of the table
+        rung: int, # Up to which, from 0
+    ) -> tuple[float, bool]: # Value, and whether it diverged
         "Train a row up to a rung"
         curve = self.run.evaluate(config, *self.rungs[rung])
         self._used[:rung+1, config] = True
@@ -81,7 +89,10 @@ def _optuna_sampler(optuna: Any, proposals: Proposals, seed: int) -> Any:
     return OnTable(seed=seed), kinds
 
 # %% ../nbs/65_peers.ipynb #65peers00d
-def optuna_hyperband(run: Run, seed: int) -> None:
+def optuna_hyperband(
+    run: Run, # Raises `BudgetSpent` in the end, which ends the search
+    seed: int, # Of its proposals
+) -> None:
     "Optuna's TPE with its Hyperband pruner"
     optuna = _need('optuna')
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -149,7 +160,10 @@ def _smac(smac: Any, proposals: Proposals, seed: int, folder: str) -> tuple[Any,
     return Facade(scenario, lambda config, seed, budget: 0.0, initial_design=initial, overwrite=True, logging_level=False,
                   config_selector=Facade.get_config_selector(scenario, retries=len(pool)), acquisition_maximizer=_smac_maximizer(space, pool, seed)), pool
 
-def smac_multifidelity(run: Run, seed: int) -> None:
+def smac_multifidelity(
+    run: Run, # As for `optuna_hyperband`
+    seed: int, # Of its proposals
+) -> None:
     "SMAC's multi-fidelity facade; when it has proposed the whole table, the rest is trained in full"
     smac, proposals = _need('smac'), Proposals(run)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _environment(LOKY_MAX_CPU_COUNT='1'): # one thread
@@ -200,7 +214,10 @@ def _exchange(message: dict[str, Any]) -> dict[str, Any]:
     raise RuntimeError(f'DEHB ended at {json.dumps(message)}')
 
 # %% ../nbs/65_peers.ipynb #65peers019
-def dehb(run: Run, seed: int) -> None:
+def dehb(
+    run: Run, # As for `optuna_hyperband`
+    seed: int, # Of its proposals
+) -> None:
     "DEHB with its defaults"
     proposals = Proposals(run)
     message = dict(seed=seed, parameters=proposals.choices, n_rungs=len(proposals.rungs), eta=ETA)

@@ -57,7 +57,9 @@ def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]: # The saved param
         restore_random()
 
 # %% ../nbs/31_perturbation.ipynb #31perturbati009
-def largest(t: Tensor) -> float: # NaN if there is one
+def largest(
+    t: Tensor, # Any shape and type
+) -> float: # NaN if there is one; 0 if empty
     "The largest magnitude, found without a temporary copy"
     return float(torch.linalg.vector_norm(t.detach().to(t.dtype if t.is_floating_point() else torch.double), torch.inf)) if t.numel() else 0.
 
@@ -86,7 +88,11 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
     "The module that holds each parameter"
     return {f'{m}.{n}' if m else n: module for m, module in model.named_modules() for n in module._parameters}
 
-def is_bias_or_norm(name: str, parameter: Tensor, owner: nn.Module|None = None) -> bool:
+def is_bias_or_norm(
+    name: str, # The parameter's, dotted
+    parameter: Tensor, # Or anything of its shape
+    owner: nn.Module|None = None, # The module that holds it, if known
+) -> bool:
     "A bias, a scale of a normalisation layer, or another vector?"
     return parameter.ndim <= 1 or isinstance(owner, _NORMS) or name.rsplit('.', 1)[-1].startswith('bias')
 
@@ -188,20 +194,27 @@ def loss_gradient(
     for total in gradient.values(): total.div_(totals.weight)
     return gradient, totals.means()
 
-def tree_norm(tree: dict[str, Tensor]) -> float: # Euclidean, over all tensors, in double precision
+def tree_norm(
+    tree: dict[str, Tensor], # By parameter name
+) -> float: # Euclidean, over all tensors, in double precision
     "The length of a gradient or direction"
     return float(sum(torch.linalg.vector_norm(t, dtype=torch.double).cpu()**2 for t in tree.values())**.5)
 
 # %% ../nbs/31_perturbation.ipynb #31perturbati01a
-def check_radii(radii: Iterable[float], name: str = 'radii') -> list[float]:
-    "Radii as plain numbers, all positive and finite"
+def check_radii(
+    radii: float|Iterable[float], # One or several
+    name: str = 'radii', # For the message
+) -> list[float]:
+    "Radii as plain numbers; `InputError` unless all are positive and finite"
     try: radii = [float(r) for r in ([radii] if np.isscalar(radii) else radii)]
     except (TypeError, ValueError): raise InputError(f'{name} must be positive numbers, got {radii!r}') from None
     if bad := [r for r in radii if not 0 < r < float('inf')]: raise InputError(f'{name} must be positive and finite, got {bad[0]}')
     return radii
 
-def check_batchnorm(batchnorm: str) -> bool: # Recalibrate?
-    "Is the choice 'stale' or 'recalibrated'?"
+def check_batchnorm(
+    batchnorm: str, # 'stale' or 'recalibrated', or `InputError`
+) -> bool: # Recalibrate?
+    "Read the choice of statistics"
     if batchnorm not in ('stale', 'recalibrated'): raise InputError(f"batchnorm must be 'stale' or 'recalibrated', got {batchnorm!r}")
     return batchnorm == 'recalibrated'
 
@@ -214,12 +227,20 @@ def _check_samples(samples: dict[str, tuple[Any, Any]]) -> None:
 # %% ../nbs/31_perturbation.ipynb #31perturbati01b
 class LossSurface:
     "The mean loss over named samples at weights that can be moved, with the cost in forward passes of one sample"
-    def __init__(self, model: nn.Module, centre: dict[str, Tensor], samples: dict[str, list[Batch]], loss_fn: Callable|None, recalibrate: bool):
+    def __init__(self,
+        model: nn.Module, # Its weights move
+        centre: dict[str, Tensor], # By parameter name: where moves start
+        samples: dict[str, list[Batch]], # By name, each from `make_batches`
+        loss_fn: Callable|None, # Mean loss of a batch; None for `batches.mean_loss`
+        recalibrate: bool, # Bring BatchNorm's statistics up to date after each move?
+    ):
         self.model, self.centre, self.samples, self.loss_fn = model, centre, samples, loss_fn
         self.recalibrate, self.calibrated, self.checked, self.cost = recalibrate, False, False, 0
         self.first = samples['train'] if 'train' in samples else next(iter(samples.values()))
 
-    def move(self, *steps: tuple[float, dict[str, Tensor]]) -> None:
+    def move(self,
+        *steps: tuple[float, dict[str, Tensor]], # (length, direction) pairs, as for `move_weights`
+    ) -> None:
         "Go to the centre plus the sum of length times direction"
         move_weights(self.model, self.centre, *steps)
         self.calibrated = False
@@ -271,8 +292,11 @@ def check_weights(
     return {name: taken(name, value) for name, value in weights.items()}
 
 @torch.no_grad()
-def load_weights(model: nn.Module, weights: dict[str, Tensor]|nn.Module) -> None:
-    "Set parameters and buffers in place"
+def load_weights(
+    model: nn.Module, # Changed
+    weights: dict[str, Tensor]|nn.Module, # As for `check_weights`
+) -> None:
+    "Set parameters and buffers in place; `InputError` if they do not fit"
     own = model.state_dict(keep_vars=True)
     for name, value in check_weights(model, weights).items(): own[name].copy_(value)
 

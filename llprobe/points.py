@@ -237,8 +237,11 @@ def _choose(surface: LossSurface, route: str) -> Callable[..., list[dict]]:
     return routes[('stacked' if on_gpu else 'sequential') if route == 'auto' else route]
 
 # %% ../nbs/37_points.ipynb #37points019
-def check_directions(model: nn.Module, directions: Sequence[dict[str, Tensor]]) -> None:
-    "Do the directions fit the model's parameters?"
+def check_directions(
+    model: nn.Module, # Says names and shapes
+    directions: Sequence[dict[str, Tensor]], # By parameter name; a direction may leave names out
+) -> None:
+    "Raise `InputError` unless there is a direction, and all are finite and fit the model's parameters"
     shapes = {n: p.shape for n, p in model.named_parameters()}
     if not directions: raise InputError('there must be at least one direction, got none')
     for direction in directions:

@@ -103,7 +103,9 @@ def find_studies(
 
 # %% ../nbs/75_reader.ipynb #75reader00a
 @patch
-def fte(self: StudyReader, record: dict[str, Any]) -> float:
+def fte(self: StudyReader,
+    record: dict[str, Any], # One of `records`
+) -> float:
     "What a record cost, in full-training equivalents"
     return full_training_equivalents([record], self.n_train, self.n_epochs)
 
@@ -149,7 +151,11 @@ def n_tried(self: StudyReader) -> int:
     return len({r['config_id'] for r in self.records})
 
 @patch
-def record(self: StudyReader, config: str, level: float, purpose: str = 'probe') -> dict[str, Any]:
+def record(self: StudyReader,
+    config: str, # Its config_id
+    level: float, # 1.0 for the full training
+    purpose: str = 'probe', # Or 'final'
+) -> dict[str, Any]:
     "One record; raises `InputError` when there is none"
     for r in self.records:
         if (r['config_id'], r['level'], r['purpose']) == (config, level, purpose): return r
@@ -218,7 +224,11 @@ def _data_path(self: StudyReader) -> str:
     return str(cached_file(dataset))
 
 @patch
-def task(self: StudyReader, config: str, level: float, purpose: str = 'probe') -> ProbeTask:
+def task(self: StudyReader,
+    config: str, # As for `record`, and so on
+    level: float,
+    purpose: str = 'probe',
+) -> ProbeTask:
     "What a record came from"
     return ProbeTask(self._data_path(), self.configs[config], level, self.seed, purpose, self.settings)
 
@@ -234,7 +244,11 @@ def _weights_path(self: StudyReader, config: str, level: float, purpose: str) ->
     return self.folder/'best.safetensors' if purpose == 'final' else self.folder/'weights'/f'{config}-{level:g}.safetensors'
 
 @patch
-def is_kept(self: StudyReader, config: str, level: float, purpose: str = 'probe') -> bool:
+def is_kept(self: StudyReader,
+    config: str, # As for `record`, and so on
+    level: float,
+    purpose: str = 'probe',
+) -> bool:
     "Is the trained model at hand, or must it be trained again?"
     kept = self.settings.training is None and self._weights_path(config, level, purpose).is_file()
     return (config, level, purpose) in self._models or kept
@@ -260,10 +274,10 @@ def _train(self: StudyReader, task: ProbeTask) -> torch.nn.Module:
 
 @patch
 def model(self: StudyReader,
-    config: str, # Its config_id
+    config: str, # As for `record`, and so on
     level: float,
     purpose: str = 'probe',
-) -> torch.nn.Module: # In evaluation mode
+) -> torch.nn.Module: # In evaluation mode, on the study's device
     "A trained model: kept, or trained again; raises `InputError` for one that diverged or crashed"
     key = config, level, purpose
     if self.record(*key)['status'] != 'ok': raise InputError(f'config {config} {self.record(*key)["status"]} at level {level:g}: it has no model to look at')

@@ -5,7 +5,7 @@
 # %% ../nbs/10_space.ipynb #10space003
 from __future__ import annotations
 import html, itertools, json, math, re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 import ConfigSpace, yaml
@@ -13,16 +13,17 @@ import numpy as np, pandas as pd
 from ConfigSpace import ConfigurationSpace, Constant, CategoricalHyperparameter, OrdinalHyperparameter
 from ConfigSpace.hyperparameters import Hyperparameter, UniformFloatHyperparameter, UniformIntegerHyperparameter
 from scipy.stats import qmc
-from .core import InputError, atomic_path, derive_seed, digest, write_json
+from .core import InputError, atomic_path, derive_seed, digest, is_number, write_json
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'DESIGNS', 'SearchSpace', 'config_id', 'default_space', 'describe', 'load_space']
+__all__ = ['OPTIMIZERS', 'RANGES', 'DESIGNS', 'SearchSpace', 'encoded_columns', 'config_id', 'default_space', 'describe',
+           'load_space']
 
 # %% ../nbs/10_space.ipynb #10space005
 OPTIMIZERS = ('sgd', 'adam', 'adamw')
-_REAL = ('dropout', 'learning_rate', 'momentum', 'weight_decay', 'warmup', 'cutout', 'mixup', 'label_smoothing', 'clip_norm', 'rho', 'ema_decay', 'swa_start')
-
-def _is_number(value: Any) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool)
+RANGES = dict(momentum=(0, 1), weight_decay=(0, math.inf), label_smoothing=(0, 1), batch_size=(1, math.inf), warmup=(0, 1), cutout=(0, 1), mixup=(0, math.inf), clip_norm=(0, math.inf),
+              ema_decay=(0, 1), swa_start=(0, 1), learning_rate=(0, math.inf), rho=(0, math.inf)) # Of the numbers that training reads: [low, high)
+_REAL = ('dropout', *(name for name in RANGES if name != 'batch_size'))
 
 def _scalar(name: str, value: Any) -> Any:
     "A value that a config may hold, as plain Python"
@@ -37,7 +38,7 @@ def _choice(name: str, values: Any, ordered: bool|None=None) -> Hyperparameter:
     values = [_scalar(name, value) for value in values]
     if len(set(values)) < len(values): raise InputError(f"{name} lists a value twice in {values}: keep one of each")
     if len(values) == 1: return Constant(name, values[0])
-    if ordered is None and all(map(_is_number, values)): return OrdinalHyperparameter(name, sorted(values))
+    if ordered is None and all(map(is_number, values)): return OrdinalHyperparameter(name, sorted(values))
     return (OrdinalHyperparameter if ordered else CategoricalHyperparameter)(name, values)
 
 # %% ../nbs/10_space.ipynb #10space008
@@ -46,7 +47,7 @@ def _real(value: float) -> float: return float(np.round(value, 13)) + 0.0  # tur
 def _range(name: str, low: Any, high: Any=None, log: bool=False) -> Hyperparameter:
     "A range of whole or of real numbers"
     low, high = _scalar(name, low), _scalar(name, high)
-    if not (_is_number(low) and _is_number(high)): raise InputError(f"{name} needs numbers for low and high, got {low!r} and {high!r}")
+    if not (is_number(low) and is_number(high)): raise InputError(f"{name} needs numbers for low and high, got {low!r} and {high!r}")
     whole = isinstance(low, int) and isinstance(high, int) and name not in _REAL
     if not whole: low, high = _scalar(name, _real(low)), _scalar(name, _real(high))
     if low >= high: raise InputError(f"{name} has low {low} and high {high}: low must be below high")
@@ -85,7 +86,7 @@ def _written(hp: Hyperparameter) -> Any:
     if isinstance(hp, Constant): return hp.value
     values, ordered = _choices(hp), isinstance(hp, OrdinalHyperparameter)
     if not values: return dict(low=hp.lower, high=hp.upper) | (dict(log=True) if hp.log else {})
-    numbers = all(map(_is_number, values))
+    numbers = all(map(is_number, values))
     return values if ordered == numbers and (not numbers or values == sorted(values)) else dict(values=values, ordered=ordered)
 
 # %% ../nbs/10_space.ipynb #10space00f
@@ -94,10 +95,10 @@ def _accept(hp: Hyperparameter, value: Any) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     if choices := _choices(hp):
         for choice in choices:
-            if choice == value and (type(choice) is type(value) or _is_number(choice) and _is_number(value)): return choice
+            if choice == value and (type(choice) is type(value) or is_number(choice) and is_number(value)): return choice
         allowed = f"one of {', '.join(map(str, choices))}"
     else:
-        inside, whole = _is_number(value) and hp.lower <= value <= hp.upper, isinstance(hp, UniformIntegerHyperparameter)
+        inside, whole = is_number(value) and hp.lower <= value <= hp.upper, isinstance(hp, UniformIntegerHyperparameter)
         if inside and not whole: return _real(value)
         if inside and value == int(value): return int(value)
         allowed = f"{'a whole number' if whole else 'a number'} in [{hp.lower}, {hp.upper}]"
@@ -206,6 +207,12 @@ def _from_unit(hp: Hyperparameter, u: np.ndarray) -> list[Any]:
     return np.clip(np.floor(value+0.5), hp.lower, hp.upper).astype(int).tolist()
 
 # %% ../nbs/10_space.ipynb #10space020
+def _active(space: _Definition, values: dict[str, Any]) -> dict[str, Any]:
+    "The config that values for all names make: those that exist beside the others"
+    config = {}
+    for name in space.names: config |= {name: values[name]} if space.is_active(name, config) else {}
+    return config
+
 def _stream(space: _Definition, design: str, seed: int) -> Iterator[dict[str, Any]]:
     "An endless sequence of configs, with repetitions"
     generator, n_axes = np.random.default_rng(derive_seed(seed, 'design', design)), len(space.names)
@@ -213,10 +220,7 @@ def _stream(space: _Definition, design: str, seed: int) -> Iterator[dict[str, An
     while True:
         points = sobol.random(256) if sobol else generator.random((256, n_axes))
         columns = [_from_unit(space.configspace[name], u) for name, u in zip(space.names, points.T)]
-        for values in zip(*columns):
-            config = {}
-            for name, value in zip(space.names, values): config |= {name: value} if space.is_active(name, config) else {}
-            yield config
+        for values in zip(*columns): yield _active(space, dict(zip(space.names, values)))
 
 # %% ../nbs/10_space.ipynb #10space023
 def _values(hp: Hyperparameter, steps: int) -> list[Any]:
@@ -311,28 +315,47 @@ class SearchSpace(_Definition):
         "Draw `n` configs"
         return _sample(self, n, seed, design)
 
-    def count(self, most: int) -> int:
+    def count(self,
+        most: int, # Stop counting here
+    ) -> int:
         "How many different configs there are, or `most` if there are more"
         return sum(1 for _ in itertools.islice(_enumerate(self, most), most))
 
-    def validate(self, config: dict[str, Any]) -> dict[str, Any]:
+    def validate(self,
+        config: dict[str, Any], # With NumPy scalars or plain values, in any order
+    ) -> dict[str, Any]: # In the space's order
         "The config in plain Python; `InputError` if it is not of this space"
         return _validate(self, config)
 
-    def encode(self, configs: list[dict[str, Any]]) -> np.ndarray:
-        "Configs as points (n, d) of the unit cube; `encoded_names` names the columns"
+    def encode(self,
+        configs: list[dict[str, Any]], # n, each of this space
+    ) -> np.ndarray: # (n, d) in [0, 1]
+        "Configs as points of the unit cube; `encoded_names` names the columns"
         return _encode(self, configs)
 
     @property
-    def encoded_names(self) -> list[str]:
+    def encoded_names(self) -> list[str]: # One a column of `encode`
         "`width`, `optimizer=sgd`, `momentum:active`"
         return [c for name in self.names for c in _columns(self.configspace[name]) + [f'{name}:active']*(name in self.when)]
 
-    def save(self, path: str|Path) -> None: _save(self, path)
+    def save(self,
+        path: str|Path, # Ends in .yaml, .yml or .json, or `InputError`; written atomically
+    ) -> None:
+        "Write what `load_space` reads"
+        _save(self, path)
 
     def _repr_html_(self) -> str: return f'<h4>{html.escape(self.architecture)}</h4>{describe(self).to_html()}'
 
 # %% ../nbs/10_space.ipynb #10space031
+def encoded_columns(
+    names: Sequence[str], # A space's `encoded_names`
+) -> dict[str, list[int]]: # By hyper-parameter: one for a number, one per choice for a categorical; constants have none
+    "Which columns of the encoding are whose values"
+    groups: dict[str, list[int]] = {}
+    for column, name in enumerate(names):
+        if not name.endswith(':active'): groups.setdefault(name.split('=')[0], []).append(column)
+    return groups
+
 def config_id(
     config: dict[str, Any], # As `sample` or `validate` returns it
 ) -> str: # 16 hexadecimal digits
@@ -352,7 +375,7 @@ _DEFAULTS = dict(
 def default_space(
     architecture: str='simple_cnn', # simple_cnn, mlp, resnet, 'timm:model', or 'package.module:function'
 ) -> SearchSpace:
-    "The space to search when the user gives none"
+    "The space to search when the user gives none; `InputError` for a name that has none"
     if architecture in _DEFAULTS: return SearchSpace(architecture, _DEFAULTS[architecture])
     if architecture.startswith('timm:'): return SearchSpace(architecture, dict(dropout=dict(low=0.0, high=0.5)) | _TRAINING)
     if ':' in architecture: return SearchSpace(architecture, _TRAINING)

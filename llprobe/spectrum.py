@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .core import InputError
-from .curvature import Hessian, Krylov, hessian, random_vector
+from .curvature import Hessian, Krylov, flatten, hessian, random_vector
 from .perturbation import free_parameters, loss_gradient, loss_surface
 
 # %% auto #0
@@ -45,13 +45,17 @@ def _check_draws(tolerance: float, max_draws: int) -> None:
     if max_draws < 2: raise InputError(f'there must be at least 2 products for a standard error, got {max_draws}')
 
 # %% ../nbs/35_spectrum.ipynb #35spectrum007
+def _quadratic_form(H: Hessian, z: Tensor) -> float:
+    "zᵀHz, added up in double precision"
+    return float((z.double()*H.product(z).double()).sum())
+
 def _quadratic_forms(H: Hessian, seed: int, first: int, deflated: Tensor|None = None) -> Iterator[float]:
     "Values of zᵀHz for random signs z, or of zᵀPHPz with P orthogonal to the rows of `deflated`"
     index = first
     while True:
         z = random_vector(H, seed, index, signs=True)
         if deflated is not None: z = z-deflated.T@(deflated@z)
-        yield float((z.double()*H.product(z).double()).sum())
+        yield _quadratic_form(H, z)
         index += 1
 
 def _range(H: Hessian, seed: int, rank: int) -> Tensor: # (rank, n_weights), orthonormal rows
@@ -81,7 +85,7 @@ def hessian_trace(
         exact, basis, first = 0., None, 0
         if method == 'hutch++':
             basis, first = _range(H, seed, min(rank, H.size)), rank
-            exact = sum(float((q.double()*H.product(q).double()).sum()) for q in basis)
+            exact = sum(_quadratic_form(H, q) for q in basis)
         forms = _quadratic_forms(H, seed, first, basis)
         return Estimate(*_average(forms, tolerance, max_products-H.n_products, exact), H.surface.cost)
 
@@ -95,12 +99,17 @@ class SpectralDensity:
     n_products: int # Hessian-vector products
     cost: int # Forward passes of one sample
 
-    def moment(self, function: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]: # Mean, standard error over vectors
+    def moment(self,
+        function: Callable[[np.ndarray], np.ndarray], # f, entry by entry
+    ) -> tuple[float, float]: # Mean, standard error over vectors
         "Mean of a function of the eigenvalues, tr f(H) / N"
         values = (function(self.nodes)*self.weights).sum(1)
         return float(values.mean()), float(values.std(ddof=1)/math.sqrt(len(values))) if len(values) > 1 else float('nan')
 
-    def density(self, grid: np.ndarray, width: float|None = None) -> np.ndarray: # (len(grid),)
+    def density(self,
+        grid: np.ndarray, # (k,) eigenvalues to look at
+        width: float|None = None, # In units of the eigenvalues
+    ) -> np.ndarray: # (k,), with an integral of 1
         "Smoothed by Gaussians of standard deviation `width`, default a hundredth of the spectrum's extent"
         width = width or 0.01*float(np.ptp(self.nodes)) or 1e-12
         bells = np.exp(-0.5*((np.asarray(grid)[:, None, None]-self.nodes)/width)**2)/(width*math.sqrt(2*math.pi))
@@ -192,7 +201,7 @@ def relative_flatness(
     if weight.ndim < 2: raise InputError(f'relative flatness needs a weight matrix, but {name!r} has shape {tuple(weight.shape)}')
     with hessian(model, x, y, names=[name], **options) as H:
         directions, n_exact = _flatness_directions(weight, seed, max_products)
-        forms = (float((q.reshape(-1).double()*H.product(q.reshape(-1)).double()).sum()) for q in directions)
+        forms = (_quadratic_form(H, q.reshape(-1)) for q in directions)
         if n_exact: return Estimate(sum(forms), 0., n_exact, True, H.surface.cost)
         return Estimate(*_average(forms, tolerance, max_products), H.surface.cost)
 
@@ -211,7 +220,7 @@ def gradient_noise_scale(
         surface.calibrate()
         mean, total, between = None, 0., 0.
         for batch in batches: # Welford's update, weighted
-            vector = torch.cat([g.reshape(-1) for g in loss_gradient(model, [batch], surface.loss_fn, surface.centre)[0].values()]).double()
+            vector = flatten(loss_gradient(model, [batch], surface.loss_fn, surface.centre)[0]).double()
             total += batch.weight
             mean = torch.zeros_like(vector) if mean is None else mean
             step = vector-mean

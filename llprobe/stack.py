@@ -14,8 +14,7 @@ from .core import derive_seed
 from .data import Split
 from .models import SAMPLEWISE, Dropout, evaluating
 from .optimization import OPTIMIZERS, learning_rate_factor, resolve_config
-from .sampler import sample_order
-from .training import (TrainResult, TrainSettings, batch_indices, epoch_batches, is_finite, isolated, network_input, resolve_device, train)
+from .training import (TrainResult, TrainSettings, batch_indices, epoch_batches, is_finite, isolated, network_input, resolve_device, train, training_samples)
 
 # %% auto #0
 __all__ = ['stack_key', 'Stack', 'train_stack']
@@ -82,8 +81,7 @@ class Stack:
         self.weights = {name: w.detach().contiguous().requires_grad_(w.requires_grad) for name, w in weights.items()}
         self.buffers = {name: b.clone() for name, b in buffers.items()}
         self.memory = {name: dict(first=torch.zeros_like(w), second=torch.zeros_like(w)) for name, w in self.weights.items() if w.requires_grad}
-        self.x, self.y = (t.to(self.device) for t in split.samples('train', indices))
-        self.val_x, self.val_y = (t.to(self.device) for t in split.samples('val', sample_order(split.val_y, 'stratified', seed)))
+        self.x, self.y, self.val_x, self.val_y = training_samples(split, indices, seed, self.device)
         self.steps_per_epoch, self.epoch = len(batch_indices(len(self.x), configs[0]['batch_size'], torch.Generator())), 0
         self.hyper = self._hyper()
 

@@ -52,7 +52,7 @@ def landscape_steps(
     seed: int = 0, # Of the directions
     part: str = 'val', # 'val' or 'train'
     n: int|None = None, # Points along each direction of the last; by default 65 on a line, 25 on a plane
-    n_samples: int = 128,
+    n_samples: int = 128, # At most, of the part that is looked at
     check: Callable[[], None] = lambda: None, # Called with each batch; may raise to give up, which leaves the model as found
 ) -> Iterator[Landscape]:
     "Ever finer landscapes around a trained model, which is trained again first if it is not at hand"

@@ -51,11 +51,11 @@ def probe_table(
     out: str|Path, # Folder of the database `table.db`
     space: SearchSpace,
     n_configs: int, # Configs of the Sobol design
-    levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 1.0),
+    levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 1.0), # Fractions of the training part, in (0, 1]
     seeds: Sequence[int] = (0, 1, 2), # Of split, subsets, weights and noise
-    settings: ProbeSettings = ProbeSettings(),
+    settings: ProbeSettings = ProbeSettings(), # Of every probe
     n_workers: int|None = None, # Probes at once; by default one per core
-    progress: bool = True,
+    progress: bool = True, # Show a progress bar?
 ) -> Path: # The database
     "Probe everything; run again to go on, also with more seeds, levels or configs"
     path, data_path, configs = Path(out)/'table.db', str(cached_file(dataset)), space.sample(n_configs)
@@ -117,7 +117,7 @@ def read_table(
     return {name: pd.read_parquet(folder/f'{name}.parquet') for name in _FILES}, json.loads((folder/'card.json').read_text())
 
 def table_records(
-    folder: str|Path,
+    folder: str|Path, # From `write_table`
 ) -> list[dict[str, Any]]: # Probe records, as `Store.probes` gives them
     "The same as records, for `features.feature_frame`"
     frames, card = read_table(folder)
@@ -175,7 +175,7 @@ def card_dataset(
 
 def validation_size(
     frames: dict[str, pd.DataFrame], # From `read_table`
-    card: dict[str, Any],
+    card: dict[str, Any], # Likewise
 ) -> int: # Samples
     "How many validation samples are behind each score"
     fraction = card['settings']['val_fraction']

@@ -22,7 +22,7 @@ from .metamodel import PowerLawModel
 from .probe import FORWARDS_PER_TRAIN_SAMPLE
 from .space import SearchSpace, config_id
 from .table import card_space, read_table, table_records, validation_size
-from .visualization import COLOURS, _viridis, colour_bar, panels
+from .visualization import COLOURS, LOWEST_SCORE, _viridis, colour_bar, panels
 
 # %% auto #0
 __all__ = ['level_predictions', 'plot_level_predictions', 'probe_costs', 'level_choices', 'plot_level_choices', 'level_curves',
@@ -57,7 +57,7 @@ def plot_level_predictions(
     "Predicted against reached score, one panel a level; bars are ± 2 deviations"
     figure, axes = panels(1, predictions['level'].nunique(), height=2.5, sharex=True, sharey=True)
     low, high = (getattr(predictions[['predicted', 'reached']].stack(), end)() for end in ('min', 'max'))
-    low, margin = low if metric == 'accuracy' else max(low, -0.5), 0.04*(high-low)
+    low, margin = max(low, LOWEST_SCORE), 0.04*(high-low)
     for axis, (level, rows) in zip(axes.flat, predictions.groupby('level')):
         axis.plot([low, high], [low, high], color=COLOURS['grey'], lw=0.8, ls='--')
         axis.errorbar(rows['reached'], rows['predicted'], 2*rows['std'], fmt='none', lw=0.4, ecolor=COLOURS['blue'], alpha=0.25)
@@ -150,13 +150,13 @@ def plot_level_curves(
 ) -> Figure:
     "Validation score against the epoch, one panel a level, one line a config"
     figure, axes = panels(1, curves['level'].nunique(), 1.7, 2.3, sharex=True, sharey=True)
-    floor = curves['reached'].min() if metric == 'accuracy' else max(curves['reached'].min(), -0.5)
+    floor = max(curves['reached'].min(), LOWEST_SCORE)
     colours = ScalarMappable(Normalize(floor, curves['reached'].max()), _viridis)
     for axis, (level, panel) in zip(axes.flat, curves.groupby('level')):
         for (reached, _), rows in panel.groupby(['reached', 'config_id']): axis.plot(rows['epoch'], rows['val_score'], lw=0.8, color=colours.to_rgba(reached))
         axis.set_title(f'level {level:g}', fontsize=8)
         axis.set_xlabel('epoch')
-    if metric != 'accuracy': axes[0, 0].set_ylim(bottom=-0.5)
+    if metric != 'accuracy': axes[0, 0].set_ylim(bottom=LOWEST_SCORE)
     axes[0, 0].set_ylabel(f'validation {METRICS[metric]}')
     colour_bar(figure, colours, axes, f'{METRICS[metric]} at level {level:g}')
     return figure

@@ -22,8 +22,8 @@ from .optimization import (Averaging, ascended, learning_rate_factor, make_optim
 from .sampler import sample_order
 
 # %% auto #0
-__all__ = ['TrainSettings', 'resolve_device', 'network_input', 'network_samples', 'batch_indices', 'epoch_batches', 'TrainResult',
-           'is_finite', 'isolated', 'Trainer', 'train']
+__all__ = ['TrainSettings', 'resolve_device', 'network_input', 'network_samples', 'training_samples', 'batch_indices',
+           'epoch_batches', 'TrainResult', 'is_finite', 'isolated', 'Trainer', 'train']
 
 # %% ../nbs/23_training.ipynb #23training005
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class TrainSettings:
     n_curve_samples: int = 1000   # Validation samples behind each epoch's point of the curve; the last value uses them all
 
     @property
-    def shared(self) -> dict: # What `resolve_config` takes where a config says nothing
+    def shared(self) -> dict: # By hyper-parameter
+        "What `resolve_config` takes where a config says nothing"
         return dict(schedule=self.schedule, augment=self.augment, label_smoothing=self.label_smoothing)
 
 # %% ../nbs/23_training.ipynb #23training006
@@ -71,6 +72,16 @@ def network_samples(
     "Samples as a network takes and answers them"
     x, y = (t.to(device) for t in split.samples(part, chosen))
     return network_input(split, x), y
+
+def training_samples(
+    split: Split,
+    indices: Tensor, # (n,) positions in the split's training part: the level's subset
+    seed: int, # The study's
+    device: torch.device, # Where they are put
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: # Raw samples (n, …) and targets (n,) of the subset; the same of the validation part
+    "What a training reads; the validation samples are in such an order that the first so many are a fair sample"
+    mixed = sample_order(split.val_y, 'stratified', seed)
+    return tuple(t.to(device) for part, chosen in (('train', indices), ('val', mixed)) for t in split.samples(part, chosen))
 
 # %% ../nbs/23_training.ipynb #23training00b
 def batch_indices(
@@ -145,12 +156,10 @@ class Trainer:
         self.config, self.settings, self.seed, self.split = resolve_config(config, settings.shared, split.dataset.task), settings, seed, split
         self.device = resolve_device(settings.device)
         self.model = model.to(self.device)
-        self.x, self.y = (t.to(self.device) for t in split.samples('train', indices))
+        self.x, self.y, self.val_x, self.val_y = training_samples(split, indices, seed, self.device)
         few = network_input(split, self.x[:2])
         with evaluating(self.model), torch.no_grad(), isolated(0, self.device, settings.n_threads): settle_layout(self.model, few, weights=True)
         self.optimizer, self.averaging = make_optimizer(self.model, self.config), Averaging(self.model, self.config, settings.n_epochs)
-        mixed = sample_order(split.val_y, 'stratified', seed) # so that the first n are a fair sample
-        self.val_x, self.val_y = (t.to(self.device) for t in split.samples('val', mixed))
         small = self.device.type == 'cpu' and all(type(m) in SAMPLEWISE for m in self.model.modules())
         self.micro_batch = max(64, auto_batch_size(self.model, few, self.y[:2])) if small else None # the whole batch
         self.steps_per_epoch = len(batch_indices(len(self.x), self.config['batch_size'], torch.Generator()))

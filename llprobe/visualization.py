@@ -4,7 +4,7 @@
 
 # %% ../nbs/70_visualization.ipynb #70visualizat003
 from __future__ import annotations
-import itertools
+import itertools, math
 from pathlib import Path
 from typing import Any
 import numpy as np, pandas as pd
@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from .core import METRICS, score_key
 
 COLOURS = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', grey='#777777')
+LOWEST_SCORE = -0.5 # Figures go no lower: R² has no lower end, and far below that of naming the mean its differences say nothing
 
 # %% auto #0
-__all__ = ['COLOURS', 'panels', 'colour_bar', 'plot_levels', 'plot_responses', 'plot_curves', 'plot_predictions', 'plot_cost',
-           'plot_level_scores', 'plot_agreement', 'plot_recipes', 'save_figure']
+__all__ = ['COLOURS', 'LOWEST_SCORE', 'panels', 'colour_bar', 'log_ticks', 'plot_levels', 'plot_responses', 'plot_curves',
+           'plot_predictions', 'plot_cost', 'plot_level_scores', 'plot_agreement', 'plot_recipes', 'save_figure']
 
 # %% ../nbs/70_visualization.ipynb #70visualizat005
 _viridis = ListedColormap(colormaps['viridis'](np.linspace(0, 0.92, 256))) # its last yellow is hard to see on white
@@ -55,7 +56,7 @@ def colour_bar(
     figure: Figure,
     mappable: ScalarMappable, # What the colours mean
     axes: Any, # Beside which axis or axes
-    label: str = '',
+    label: str = '', # Beside the bar
     **options: Any, # ticks, format …, as for matplotlib's `colorbar`
 ) -> None:
     "A colour bar with small letters"
@@ -67,11 +68,25 @@ def colour_bar(
 def _score_limits(axis: Axes, direction: str, metric: str) -> None:
     "R² has no lower end: hide what is far below that of naming the mean"
     low, high = getattr(axis.dataLim, f'interval{direction}')
-    if metric != 'accuracy' and low < -0.5: getattr(axis, f'set_{direction}lim')(-0.5, max(high, 0)+0.05)
+    if metric != 'accuracy' and low < LOWEST_SCORE: getattr(axis, f'set_{direction}lim')(LOWEST_SCORE, max(high, 0)+0.05)
 
 def _line_style(is_best: bool) -> dict[str, Any]:
     "The chosen config stands out, the others stay in the background"
     return dict(color=COLOURS['blue'], lw=1.8, zorder=3, label='chosen config') if is_best else dict(color='#bbbbbb', lw=0.8)
+
+# %% ../nbs/70_visualization.ipynb #70visualizationn01
+def log_ticks(
+    low: float, # Above 0
+    high: float, # Not below `low`
+    n: int = 6, # Powers of ten at most
+) -> list[float]: # At least one, ascending
+    "Powers of ten, within two decades also 2 and 5 times these, within less than one round numbers at equal ratios"
+    def marks(*digits: int) -> list[float]:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high))+1)
+        return [mark for k in powers for d in digits if low*0.999 <= (mark := d*10.0**k) <= high*1.001]
+    if high > 101*low and len(powers := marks(1)) > 2: return powers[::math.ceil(len(powers)/n)]
+    if len(fine := marks(1, 2, 5)) > 2: return fine
+    return sorted({float(f'{t:.{2 if high > 1.5*low else 4}g}') for t in np.geomspace(low, high, n)[1:-1]})
 
 # %% ../nbs/70_visualization.ipynb #70visualizat007
 def plot_levels(
@@ -105,7 +120,7 @@ def plot_responses(
     "Mean loss under filter-normalised Gaussian noise against its radius, one line a config"
     figure, axis = _figure()
     low, high = scores.min(), scores.max()
-    scale = Normalize(low if metric == 'accuracy' else max(low, min(-0.5, high)), high) # as on an axis
+    scale = Normalize(max(low, min(LOWEST_SCORE, high)), high) # as on an axis
     colours = ScalarMappable(scale, 'viridis')
     rows = responses[(responses.kind == 'gaussian') & (responses['level'] == level) & (responses['sample'] == sample)]
     for config, profile in rows.groupby('config_id'):

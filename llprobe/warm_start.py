@@ -44,7 +44,7 @@ def source_predictions(
 # %% ../nbs/55_warm_start.ipynb #55warmstart00b
 def prior_exponents(
     studies: Iterable[tuple[pd.DataFrame, int, float]], # Of each: columns config_id, level, status, val_score; validation samples; score of chance
-    min_pairs: int = 8,
+    min_pairs: int = 8, # Of neighbouring levels, over all studies
 ) -> tuple[float, float]|None: # Mean and deviation, for `metamodel.PowerLawModel`; None from fewer pairs
     "The exponents that other studies' configs show between levels"
     pairs = [level_pairs(frame[frame.status == 'ok'], n, chance) for frame, n, chance in studies if len(frame)]
@@ -76,7 +76,11 @@ class WarmStart:
     predictions: list[list[float]]  # (s, n): of the sources that had enough configs
     prior: tuple[float, float]|None # Mean and deviation of the exponents
 
-    def save(self, out: Path) -> None: write_json(out/'warm-start.json', asdict(self))
+    def save(self,
+        out: Path, # The new study's folder
+    ) -> None:
+        "Keep what was learnt, for when the study is opened again"
+        write_json(out/'warm-start.json', asdict(self))
 
 def _stored(out: Path) -> WarmStart|None:
     "What an earlier opening wrote"

@@ -7,12 +7,12 @@ from __future__ import annotations
 from typing import Any, Sequence
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from scipy.stats import norm
-from ConfigSpace.hyperparameters import Constant, UniformFloatHyperparameter, UniformIntegerHyperparameter
+from ConfigSpace.hyperparameters import UniformFloatHyperparameter
 from .core import InputError
 from .metamodel import log_odds_error, score_at
 from .model_charts import chart_axis, chart_figure, score_axis
 from .reader import StudyReader
-from .space import SearchSpace
+from .space import SearchSpace, _active, _choices
 from .surrogate import FidelityGP, one_thread
 from .visualization import COLOURS
 
@@ -27,8 +27,7 @@ def values_of(
 ) -> list[Any]: # In order; one value of a constant
     "What a hyper-parameter may be"
     hp = space.configspace[name]
-    if isinstance(hp, Constant): return [hp.value]
-    if not isinstance(hp, (UniformFloatHyperparameter, UniformIntegerHyperparameter)): return list(getattr(hp, 'sequence', getattr(hp, 'choices', ())))
+    if choices := _choices(hp): return choices
     values = hp.to_value(np.linspace(0, 1, n))
     return list(dict.fromkeys(float(f'{v:.4g}') if isinstance(hp, UniformFloatHyperparameter) else int(v) for v in np.clip(values, hp.lower, hp.upper)))
 
@@ -37,10 +36,7 @@ def complete(
     values: dict[str, Any], # A value for every name
 ) -> dict[str, Any]: # Valid in the space
     "The config that these values make"
-    config: dict[str, Any] = {}
-    for name in space.names:
-        if space.is_active(name, config): config[name] = values[name]
-    return space.validate(config)
+    return space.validate(_active(space, values))
 
 # %% ../nbs/83_what_if.ipynb #83whatif008
 class WhatIf:

@@ -63,8 +63,8 @@ def _add_export(p: argparse.ArgumentParser) -> None:
 def _add_report(commands: argparse._SubParsersAction) -> None:
     "Arguments of `llprobe report`"
     p = commands.add_parser('report', help='write or serve a site of studies, finished or running', description='Write a site of studies, finished or running: a folder of pages that opens without a network.')
-    p.add_argument('studies', type=Path, nargs='+', metavar='STUDY', help='folder of a study')
-    p.add_argument('-o', '--out', type=Path, metavar='DIR', help='folder of the site; by default report/ in the folder of a single study, or with --serve a temporary one')
+    p.add_argument('studies', type=Path, nargs='+', metavar='FOLDER', help='of a study, or above several')
+    p.add_argument('-o', '--out', type=Path, metavar='DIR', help='folder of the site; by default report/ in the one FOLDER, or with --serve a temporary one')
     p.add_argument('--details', type=float, default=20.0, metavar='SECONDS', help='time for landscapes and answers of trained models, the chosen config first (default: 20)')
     p.add_argument('--serve', action='store_true', help='serve the site on 127.0.0.1, and follow studies that are running')
     p.add_argument('--port', type=int, default=8765, help='of --serve; 0 for any that is free (default: 8765)')
@@ -153,12 +153,15 @@ def status(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     "Write the site of studies, or serve it"
     sys.path.insert(0, str(Path.cwd())) # as in `run`: models are loaded again
+    from llprobe.reader import find_studies
+    studies = list(dict.fromkeys(study for folder in args.studies for study in find_studies(folder)))
     if args.serve:
         from llprobe.server import serve_report
-        return serve_report(args.studies, args.out, args.port, args.details)
-    if args.out is None and len(args.studies) > 1: raise InputError(f'{len(args.studies)} studies need a folder for their site: name one with -o')
+        return serve_report(studies, args.out, args.port, args.details)
+    if args.out is None and len(args.studies) > 1: raise InputError(f'{len(args.studies)} folders need one for their site: name it with -o')
+    if args.out is None and studies == args.studies: return print(_write_report(args.studies[0], args.details))
     from llprobe.report import write_report
-    print(write_report(args.studies, args.out, args.details) if args.out else _write_report(args.studies[0], args.details))
+    print(write_report(studies, args.out or args.studies[0]/'report', args.details))
 
 def datasets(args: argparse.Namespace) -> None:
     "List the data sets known by name"

@@ -197,7 +197,7 @@ def export(args: argparse.Namespace) -> None:
     if not places and not args.optuna: raise InputError('export needs a place to write to: --optuna URL, --mlflow URI or --tensorboard FOLDER')
     for tracker in _trackers(places):
         from llprobe.tracking import log_study
-        for name, count in log_study(args.out, tracker).items(): print(f'{name}: {count} probes in {tracker}')
+        for name, (count, new) in log_study(args.out, tracker).items(): print(f'{name}: {count} probes in {tracker}, {new} new')
     if args.optuna: _export_optuna(args)
 
 def _export_optuna(args: argparse.Namespace) -> None:
@@ -206,8 +206,8 @@ def _export_optuna(args: argparse.Namespace) -> None:
     from llprobe.store import open_store
     with open_store(args.out/'study.db', create=False, read_only=True) as store:
         for name in store.studies()['name']:
-            trials = to_optuna(store, name, args.optuna).trials
-            print(f'{name}: {len(trials)} trials, {sum(t.state.name == "FAIL" for t in trials)} of them failed')
+            study, new = to_optuna(store, name, args.optuna)
+            print(f'{name}: {len(study.trials)} trials, {new} new')
 
 # %% ../nbs/90_cli.ipynb #90cli011
 def main(

@@ -220,7 +220,7 @@ def main(
         print(f'llprobe: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('\nllprobe: stopped; the same command continues', file=sys.stderr)
+        print(f'\nllprobe: stopped{"; the same command continues" if args.command is run else ""}', file=sys.stderr)
         return 130
     return 0
 

@@ -217,13 +217,12 @@ def open_study(
 
 # %% ../nbs/61_study.ipynb #61study014
 def _writable_folder(out: str|Path) -> Path:
-    "Make the folder and see that a file can be written there"
+    "See that the folder can be written or made, but leave making it to the database: what is refused leaves nothing behind"
     out = Path(out).expanduser().absolute()
     nearest = next(p for p in (out, *out.parents) if p.exists())
     try:
         if not nearest.stat().st_mode & 0o222: raise PermissionError(errno.EACCES, f'{nearest} is read-only')
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out): pass
+        with tempfile.TemporaryFile(dir=nearest): pass
     except OSError as e: raise InputError(f'{out} cannot be written ({e.strerror or e}): choose another folder') from None
     return out.resolve()
 

@@ -207,9 +207,10 @@ def test_bad_input_costs_one_sentence_and_exit_code_2(case, tmp_path, images, mo
     from llprobe.cli import main
     monkeypatch.setenv('LLPROBE_CACHE', str(tmp_path/'cache'))
     arguments, word = bad_input(case, tmp_path, images)
-    assert main(['run', '--quiet', '--out', str(tmp_path/'out'), *arguments]) == 2
+    assert main(['run', '--quiet', '--out', str(tmp_path/'new'/'out'), *arguments]) == 2
     message = capsys.readouterr().err.strip()
     assert word in message and len(message.splitlines()) == 1, message
+    assert not (tmp_path/'new').exists()
 
 
 @pytest.mark.parametrize('below', ['', 'new/study'])

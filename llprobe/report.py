@@ -182,11 +182,12 @@ def _index_table(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[s
     "One row a study"
     rows = []
     for study, label, href in zip(studies, study_labels(studies), hrefs):
-        show, scores = _score(study), [r['val_score'] for r in study.records if r['val_score'] is not None and math.isfinite(r['val_score'])]
+        show, probes = _score(study), [r for r in study.probes if r['val_score'] is not None and math.isfinite(r['val_score'])]
+        score, level = max(((r['val_score'], r['level']) for r in probes), default=(None, None))
         spent, last = total_cost(study), study.timeline['finished_at'].iloc[-1] if len(study.timeline) else study.study['created_at']
-        rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(study.space.architecture), _number(len(study.configs)), _Cell(METRICS[study.metric]), _number(max(scores, default=None), show),
+        rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(study.space.architecture), _number(len(study.configs)), _Cell(METRICS[study.metric]), _number(score, lambda score: f'{show(score)} at level {level:g}'),
                      _number(_predicted(study, study.best)[0], show), _number(spent, '{:.2f}'.format), _Cell('finished' if study.final else 'not finished'), _Cell(last[:16].replace('T', ' '))])
-    return _table('studies', 'Studies', ['study', 'data set', 'architecture', 'configs', 'metric', 'best seen', 'predicted', 'FTE', 'state', 'last probe'], rows)
+    return _table('studies', 'Studies', ['study', 'data set', 'architecture', 'configs', 'metric', 'best probe', 'predicted', 'FTE', 'state', 'last probe'], rows)
 
 def _compare_page(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[str, Any]:
     "What `compare.html` shows"

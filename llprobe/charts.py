@@ -296,8 +296,7 @@ def compare_chart(
     reached = {part: [s.final[f'{part}_score'] if s.final else None for s in studies] for part in ('val', 'test')}
     def dots(name: str, x: list, symbol: str, colour: str, **more: Any) -> go.Scatter:
         return go.Scatter(x=plain_numbers(x), y=labels, mode='markers', name=name, marker=dict(symbol=symbol, size=10, color=COLOURS[colour]), hovertemplate=f'%{{y}}<br>{name} %{{x}}<extra></extra>', **more)
-    error = dict(array=plain_numbers(2*s if s is not None else None for s in stds), thickness=1.5)
-    traces = [dots('predicted ± 2σ', means, 'diamond', 'orange', error_x=error), dots('reached', reached['val'], 'star', 'green'), dots('tested', reached['test'], 'circle-open', 'blue')]
+    traces = [dots('predicted ± 2σ', means, 'diamond', 'orange', error_x=_interval(studies[0], means, stds)|dict(thickness=1.5)), dots('reached', reached['val'], 'star', 'green'), dots('tested', reached['test'], 'circle-open', 'blue')]
     return chart_figure(traces, score_axis(metric, [*means, *reached['val']], METRICS[metric]), chart_axis(type='category', autorange='reversed'), height=150+32*len(labels))
 
 def compare_costs_chart(

@@ -277,12 +277,18 @@ def parallel_chart(
     return chart_figure([trace], {}, {}, margin=dict(l=60, r=40, t=76, b=20), height=360)
 
 # %% ../nbs/76_charts.ipynb #76charts01f
+def _own_folder(study: StudyReader, studies: Sequence[StudyReader]) -> str:
+    "As much of a study's folder as tells it from others of its name"
+    folders = {s.folder for s in studies if s.name == study.name}
+    depth = next(d for d in itertools.count(1) if len({f.parts[-d:] for f in folders}) == len(folders))
+    return '/'.join(study.folder.parts[-depth:])
+
 def study_labels(
     studies: Sequence[StudyReader],
 ) -> list[str]: # All different
     "Names to show: with the folder where two studies have the same name, and numbered if need be"
     names = [s.name for s in studies]
-    names = [f'{s.name} ({s.folder.name})' if names.count(s.name) > 1 else s.name for s in studies]
+    names = [f'{s.name} ({_own_folder(s, studies)})' if names.count(s.name) > 1 else s.name for s in studies]
     return [f'{n} #{names[:i].count(n)+1}' if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 def compare_chart(

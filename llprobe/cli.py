@@ -106,9 +106,8 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     trackers = _trackers(args.track)
     result = run_study(args.dataset, args.out, _space(args), _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet, trackers=trackers)
-    seconds = time.perf_counter()-start
     page = _write_report(args.out, details=5.0)
-    _print_table(result, seconds)
+    _print_table(result, time.perf_counter()-start)
     for name, path in dict(report=page, figures=args.out/'figures', numbers=args.out/'result.json', weights=args.out/'best.safetensors').items():
         print(f'{name:<8} {path}')
 

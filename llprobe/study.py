@@ -231,15 +231,16 @@ def _fte(study: Study, records: Iterable[dict]) -> float:
     "What records of the study cost, in full-training equivalents"
     return full_training_equivalents(records, len(study.split.train), study.settings.probe.train.n_epochs)
 
-def _standing(study: Study) -> dict[str, Any]: # For the bar's `show`
-    "How far the probes are"
+def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For the bar's `show`; probes that run side by side, if that is known
+    "How far the probes are, and how fast they go by their own clocks"
     records, sizes, levels = [r for r in study.search.records.values() if r['purpose'] == 'probe'], study.search.rung_sizes(), study.settings.levels
     spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), _overhead(study.split, study.settings)
     left = sum((size-done[level])*(level+overhead) for level, size in zip(levels, sizes))
     planned = spent+left if sizes else max(spent, study.settings.budget-1)
     scores = [r['val_score'] for r in records if r['status'] == 'ok']
     best = [f'best {show_score(max(scores), study.split.dataset.metric, 1)}'] if scores else []
-    return dict(n=spent, total=planned, facts=', '.join([*best, f'{spent:.3g} of {planned:.3g} FTE']),
+    seconds = sum(r['seconds'] for r in records)
+    return dict(n=spent, total=planned, rate=at_once*spent/seconds if at_once and seconds else None, facts=', '.join([*best, f'{spent:.3g} of {planned:.3g} FTE']),
                 count=f'probes {len(records)}'+(f'/{sum(sizes)}' if sizes else ''))
 
 # %% ../nbs/61_study.ipynb #61study017
@@ -260,9 +261,10 @@ def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: Any) -> 
     "Probe until every trial of a rung is recorded"
     tasks = [study.task(t) for t in trials]
     bar.set_description_str(f'level {", ".join(f"{level:g}" for level in sorted({t.level for t in trials}))}')
+    at_once = min(workers.n_workers, len(tasks)) if workers.executor is None else None # others may have any size
     for task, result in probe_population(tasks, workers, _method(study.settings)):
         study.take(finished_record(task, result))
-        bar.show(**_standing(study))
+        bar.show(**_standing(study, at_once))
     records = [r for r in study.search.records.values() if r['level'] == trials[0].level]
     if all(r['status'] == 'crashed' for r in records):
         raise InputError(f'all {len(records)} probes at level {trials[0].level:g} crashed, the first with {records[0]["error"]}: mend the model or the space')

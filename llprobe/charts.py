@@ -153,15 +153,14 @@ def cost_parts(
     study: StudyReader,
 ) -> dict[str, float]: # By part, in full-training equivalents
     "What a study has cost so far: the probes of each level, the meta-model where the result says, the full training"
-    parts = {f'probes at level {row.level:g}' if row.purpose == 'probe' else 'full training': row.fte for row in study.cost().itertuples()}
-    if study.result: parts['meta-model'] = study.result['cost']['fte']['metamodel']
-    return parts
+    names = dict(final='full training', metamodel='meta-model')
+    return {names.get(row.purpose, f'probes at level {row.level:g}'): row.fte for row in study.cost().itertuples()}
 
 def total_cost(
     study: StudyReader,
 ) -> float: # In full-training equivalents
     "All of `cost_parts`"
-    return sum(cost_parts(study).values())
+    return study.cost()['fte'].sum()
 
 def cost_chart(
     study: StudyReader,

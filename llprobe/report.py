@@ -114,10 +114,8 @@ def _config_rows(study: StudyReader) -> tuple[list[str], list[list[_Cell]], int|
 
 def _ledger(study: StudyReader) -> dict[str, Any]:
     "What was spent where"
-    rows = [[_Cell('full training' if r.purpose == 'final' else 'probes'), _number(r.level), _number(r.probes), _number(r.fte, '{:.2f}'.format), _number(r.seconds, '{:.1f}'.format)] for r in study.cost().itertuples()]
-    if study.result:
-        cost = study.result['cost']
-        rows.append([_Cell('meta-model'), _number(None), _number(None), _number(cost['fte']['metamodel'], '{:.2f}'.format), _number(cost['seconds']['metamodel'], '{:.1f}'.format)])
+    names = dict(probe='probes', final='full training', metamodel='meta-model')
+    rows = [[_Cell(names[r.purpose]), _number(r.level), _number(r.probes or None), _number(r.fte, '{:.2f}'.format), _number(r.seconds, '{:.1f}'.format)] for r in study.cost().itertuples()]
     return _table('ledger', 'Cost ledger', ['part', 'level', 'trainings', 'FTE', 'seconds'], rows)
 
 # %% ../nbs/80_report.ipynb #80report00c

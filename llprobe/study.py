@@ -22,6 +22,7 @@ from .optimization import DEFAULTS, resolve_config
 from .population import METHODS, default_workers, probe_population
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, full_training_equivalents, load_split, run_probe, task_indices
 from .progress import between_bars, progress_bar
+from .reader import read_result
 from .search import BudgetSearch, Search, Trial, check_levels
 from .space import SearchSpace, config_id, default_space
 from .store import Store, open_store
@@ -383,6 +384,9 @@ def _cost(study: Study) -> dict[str, Any]:
     fte = {purpose: _fte(study, rows) for purpose, rows in parts.items()}
     seconds = {purpose: sum(r['seconds'] for r in rows) for purpose, rows in parts.items()}
     seconds['metamodel'] = study.search.metamodel_seconds
+    with contextlib.suppress(InputError, KeyError): # run again, a finished study keeps what was measured first
+        earlier = read_result(study.out)['cost']['seconds']
+        if earlier['final'] == seconds['final']: seconds['metamodel'] = earlier['metamodel']
     fte['metamodel'] = seconds['metamodel']*fte['probe']/max(seconds['probe'], 1e-9)
     return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(_n_tried(study))),
                 seconds=seconds | dict(total=sum(seconds.values())))

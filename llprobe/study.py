@@ -244,6 +244,14 @@ def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For t
     return dict(n=spent, total=planned, rate=at_once*spent/seconds if at_once and seconds else None, facts=', '.join([*best, f'{spent:.3g} of {planned:.3g} FTE']),
                 count=f'probes {len(records)}'+(f'/{sum(sizes)}' if sizes else ''))
 
+# %% ../nbs/61_study.ipynb #61studyn01
+def _dear(study: Study) -> str: # Empty if the search is worth it
+    "A word before a search that is expected to cost more than what it saves"
+    sizes, planned = study.search.rung_sizes(), 1+_standing(study)['total']
+    if not sizes or planned <= sizes[0] or study.store.probes(study.name): return ''
+    return (f'expected cost: {planned:.3g} full trainings, more than the {sizes[0]} of training all configs in full, '
+            'since validation and responses weigh much beside short trainings: fewer levels, more epochs or a budget make it worth while')
+
 # %% ../nbs/61_study.ipynb #61study017
 def finished_record(
     task: ProbeTask,
@@ -345,6 +353,7 @@ def run_study(
 ) -> dict[str, Any]: # The content of result.json
     "Probe, predict, train the predicted best in full and test it; run again to resume"
     with _driving(dataset, out, space, settings, name, n_workers, wait, progress, trackers) as (study, n):
+        if progress and (said := _dear(study)): print(said, file=sys.stderr)
         for trial in _probe_all(study, n, executor, progress): _run_final(study, trial, n, executor, progress)
         result = summarise(study)
         write_json(study.out/'result.json', result)

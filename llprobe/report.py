@@ -14,6 +14,7 @@ from .charts import (compare_chart, compare_costs_chart, config_curves_chart, co
 from .core import METRICS, atomic_path, show_score
 from .details import Details, shown_record, study_details
 from .evaluation import targets_chart
+from .metamodel import is_vague
 from .reader import StudyReader, read_study
 
 # %% auto #0
@@ -66,6 +67,12 @@ def _predicted(study: StudyReader, config: str|None) -> tuple[float|None, float|
 def _plus_minus(study: StudyReader, mean: float|None, std: float|None) -> str:
     "A prediction, or a dash"
     return '–' if mean is None or not math.isfinite(mean) else f'{_score(study)(mean)} ± {_score(study)(std)}'
+
+def _remark(study: StudyReader) -> str:
+    "What to think of the prediction, if it is of no use"
+    mean, std = _predicted(study, study.best)
+    if mean is None or not is_vague(mean, std, study.ranking()['mean']): return ''
+    return 'The prediction is too uncertain to tell the best config from half of the others.'
 
 def _cost_text(study: StudyReader) -> str:
     "Spent, and what trying all in full would have taken"
@@ -129,7 +136,7 @@ def _study_page(study: StudyReader) -> dict[str, Any]:
     charts = {name: [_chart(*c) for c in group] for name, group in dict(scores=scores, mattered=mattered, search=search).items()}
     charts['parallel'] = _chart(parallel_chart(study), f'Every config across its hyper-parameters, coloured by its {score} at {low}. Drag along an axis to choose.', wide=True)
     columns, rows, best = _config_rows(study)
-    return dict(headline=f'{study.design()} each.', cards=_study_cards(study), best=study.best, best_values=_values(study, study.best), finished=bool(study.final), charts=charts, facts=_facts(study),
+    return dict(headline=f'{study.design()} each.', cards=_study_cards(study), remark=_remark(study), best=study.best, best_values=_values(study, study.best), finished=bool(study.final), charts=charts, facts=_facts(study),
                 table=_table('configs', 'All configs, best prediction first', columns, rows, best), ledger=_ledger(study))
 
 def _values(study: StudyReader, config: str|None) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse, importlib.metadata, sys, time
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 from .core import InputError, show_value
 
 # %% auto #0
@@ -137,16 +137,22 @@ def _print_table(result: dict, seconds: float) -> None:
 def status(args: argparse.Namespace) -> None:
     "Show how far a study is"
     from llprobe.core import METRICS, show_score
+    for store, name in _studies(args.out):
+        frame, metric = store.probe_frame(name), store.study(name)['metric']
+        print(f'{name}: {len(store.configs(name))} configs, {"finished" if (frame["purpose"] == "final").any() else "not finished"}')
+        if not len(frame): continue
+        table = frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()),
+                                                        best=('val_score', 'max'), seconds=('seconds', 'sum'))
+        table['best'] = [show_score(score, metric) for score in table['best']]
+        print(table.rename(columns=dict(best=f'best {METRICS[metric]}')).round(1).to_string())
+
+def _studies(out: Path) -> Iterator[tuple]: # The opened database and a study's name
+    "What a folder holds"
     from llprobe.store import open_store
-    with open_store(args.out/'study.db', create=False, read_only=True) as store:
-        for name in store.studies()['name']:
-            frame, metric = store.probe_frame(name), store.study(name)['metric']
-            print(f'{name}: {len(store.configs(name))} configs, {"finished" if (frame["purpose"] == "final").any() else "not finished"}')
-            if not len(frame): continue
-            table = frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()),
-                                                            best=('val_score', 'max'), seconds=('seconds', 'sum'))
-            table['best'] = [show_score(score, metric) for score in table['best']]
-            print(table.rename(columns=dict(best=f'best {METRICS[metric]}')).round(1).to_string())
+    with open_store(out/'study.db', create=False, read_only=True) as store:
+        names = list(store.studies()['name'])
+        if not names: raise InputError(f'{out} holds no study yet: begin one with llprobe run --out {out}')
+        for name in names: yield store, name
 
 # %% ../nbs/90_cli.ipynb #90cli00c
 def report(args: argparse.Namespace) -> None:
@@ -173,17 +179,15 @@ def explain(args: argparse.Namespace) -> None:
     "Show which hyper-parameters mattered, alone and together, and why the chosen config was chosen"
     from llprobe.explain import importance, interactions, why_chosen
     from llprobe.space import SearchSpace
-    from llprobe.store import open_store
-    with open_store(args.out/'study.db', create=False, read_only=True) as store:
-        for name in store.studies()['name']:
-            records, space = store.probes(name), SearchSpace.from_dict(store.study(name)['space'])
-            table = importance(records, space)
-            print('{}: {n_probes} probes at level {level:g}, of whose scores a forest explains {oob_r2:.2f} (R², out of bag)'.format(name, **table.attrs))
-            if table.attrs['oob_r2'] <= 0: print('that is no better than guessing: read what follows as a hint at most, and probe more configs')
-            _print_frame('share of the variation', table)
-            _print_frame('interactions', interactions(records, space).head(5))
-            for final in (r for r in records if r['purpose'] == 'final'):
-                _print_frame('chosen config: change of the predicted score with the typical value instead', why_chosen(records, space, final['config']))
+    for store, name in _studies(args.out):
+        records, space = store.probes(name), SearchSpace.from_dict(store.study(name)['space'])
+        table = importance(records, space)
+        print('{}: {n_probes} probes at level {level:g}, of whose scores a forest explains {oob_r2:.2f} (R², out of bag)'.format(name, **table.attrs))
+        if table.attrs['oob_r2'] <= 0: print('that is no better than guessing: read what follows as a hint at most, and probe more configs')
+        _print_frame('share of the variation', table)
+        _print_frame('interactions', interactions(records, space).head(5))
+        for final in (r for r in records if r['purpose'] == 'final'):
+            _print_frame('chosen config: change of the predicted score with the typical value instead', why_chosen(records, space, final['config']))
 
 def _print_frame(title: str, frame) -> None:
     "A table under its title"
@@ -202,11 +206,9 @@ def export(args: argparse.Namespace) -> None:
 def _export_optuna(args: argparse.Namespace) -> None:
     "Write a study to an Optuna storage"
     from llprobe.adapters import to_optuna
-    from llprobe.store import open_store
-    with open_store(args.out/'study.db', create=False, read_only=True) as store:
-        for name in store.studies()['name']:
-            study, new = to_optuna(store, name, args.optuna)
-            print(f'{name}: {len(study.trials)} trials, {new} new')
+    for store, name in _studies(args.out):
+        study, new = to_optuna(store, name, args.optuna)
+        print(f'{name}: {len(study.trials)} trials, {new} new')
 
 # %% ../nbs/90_cli.ipynb #90cli011
 def main(

@@ -12,6 +12,7 @@ from .core import InputError
 from .peers import _need
 from .space import SearchSpace, _choices
 from .store import Store
+from .tracking import _study_key
 
 # %% auto #0
 __all__ = ['to_optuna']
@@ -31,6 +32,8 @@ def _steps_per_full(levels: set[float]) -> int: # 100, 1000 … a million
     return next((unit for unit in units if all(abs(level*unit-round(level*unit)) < 1e-6 for level in levels)), 10**6)
 
 # %% ../nbs/66_adapters.ipynb #66adapters00b
+_IDENTITY = 'config_id', 'level', 'purpose' # User attributes by which a trial is known again
+
 def _trial(optuna: Any, space: SearchSpace, records: list[dict], predicted: float|None, unit: int) -> Any: # An `optuna.trial.FrozenTrial`
     "All records of one config"
     records = sorted(records, key=lambda r: (r['level'], r['purpose'] == 'final'))
@@ -38,33 +41,40 @@ def _trial(optuna: Any, space: SearchSpace, records: list[dict], predicted: floa
     scores = {round(r['level']*unit): math.nan if r['val_score'] is None else r['val_score'] for r in records}
     value = list(scores.values())[-1]
     complete = last['status'] != 'crashed' and not math.isnan(value)
-    attributes = {name: last[name] for name in ('config_id', 'level', 'status')}
+    attributes = {name: last[name] for name in (*_IDENTITY, 'status')}
     if predicted is not None and math.isfinite(predicted): attributes['predicted'] = predicted
     return optuna.trial.create_trial(state=states.COMPLETE if complete else states.FAIL, value=value if complete else None, params=config,
         distributions={name: _distribution(optuna, space.configspace[name]) for name in config}, intermediate_values=scores, user_attrs=attributes)
 
 # %% ../nbs/66_adapters.ipynb #66adapters00e
-def _create(optuna: Any, name: str, storage: str|None) -> Any:
-    "An empty Optuna study"
-    try: return optuna.create_study(study_name=name, storage=storage, direction='maximize')
+def _open(optuna: Any, name: str, storage: str|None, key: str) -> Any: # An `optuna.Study`
+    "The study that an earlier export made, or a new one"
+    try: study = optuna.create_study(study_name=name, storage=storage, direction='maximize')
     except optuna.exceptions.DuplicatedStudyError:
-        raise InputError(f'the Optuna storage has a study {name!r} already: choose another file, or delete it there') from None
+        study = optuna.load_study(study_name=name, storage=storage)
+        if study.user_attrs.get('llprobe_study') == key: return study
+        raise InputError(f'the Optuna storage has another study {name!r}: choose another file, or delete it there') from None
     except (sa.exc.SQLAlchemyError, ImportError, ValueError, optuna.exceptions.OptunaError): # the URL may hold a password: don't repeat it
         raise InputError('the Optuna storage cannot be opened: give a URL such as sqlite:///optuna.db in a folder that exists') from None
+    study.set_user_attr('llprobe_study', key)
+    return study
 
 def to_optuna(
     store: Store,
     study: int|str, # Id or name in the store
     storage: str|None = None, # URL of Optuna's database, such as sqlite:///optuna.db; None keeps the study in memory
-) -> Any: # An `optuna.Study`, to be maximised. Raises `InputError` without Optuna, or if the storage has a study of that name
-    "Export a study to Optuna"
+) -> tuple[Any, int]: # An `optuna.Study`, to be maximised, and how many of its trials are new. Raises `InputError` without Optuna, or if the storage has another study of that name
+    "Export a study to Optuna, or what is new in it"
     optuna, row, found, predictions = _need('optuna'), store.study(study), {}, store.predictions(study)
     for record in store.probes(study): found.setdefault(record['config_id'], []).append(record)
     space = SearchSpace.from_dict(row['space'])
     predicted = dict(predictions[predictions['level'] == 1][['config_id', 'mean']].itertuples(index=False)) # the last one stays
-    unit = _steps_per_full({r['level'] for records in found.values() for r in records})
+    unit = _steps_per_full({*row['settings'].get('levels', ()), *(r['level'] for records in found.values() for r in records)}) # also for levels to come
     trials = [_trial(optuna, space, records, predicted.get(c), unit) for c, records in found.items()]
-    exported = _create(optuna, row['name'], storage)
+    exported = _open(optuna, row['name'], storage, _study_key(row))
     for name, value in dict(dataset=row['dataset'], metric=row['metric'], steps_per_full_training=unit).items(): exported.set_user_attr(name, value)
-    exported.add_trials(trials)
-    return exported
+    def identity(trial: Any) -> tuple: return tuple(trial.user_attrs.get(name) for name in _IDENTITY)
+    known = set(map(identity, exported.trials))
+    new = [trial for trial in trials if identity(trial) not in known]
+    exported.add_trials(new)
+    return exported, len(new)

@@ -153,15 +153,14 @@ def cost_parts(
     study: StudyReader,
 ) -> dict[str, float]: # By part, in full-training equivalents
     "What a study has cost so far: the probes of each level, the meta-model where the result says, the full training"
-    parts = {f'probes at level {row.level:g}' if row.purpose == 'probe' else 'full training': row.fte for row in study.cost().itertuples()}
-    if study.result: parts['meta-model'] = study.result['cost']['fte']['metamodel']
-    return parts
+    names = dict(final='full training', metamodel='meta-model')
+    return {names.get(row.purpose, f'probes at level {row.level:g}'): row.fte for row in study.cost().itertuples()}
 
 def total_cost(
     study: StudyReader,
 ) -> float: # In full-training equivalents
     "All of `cost_parts`"
-    return sum(cost_parts(study).values())
+    return study.cost()['fte'].sum()
 
 def cost_chart(
     study: StudyReader,
@@ -277,12 +276,18 @@ def parallel_chart(
     return chart_figure([trace], {}, {}, margin=dict(l=60, r=40, t=76, b=20), height=360)
 
 # %% ../nbs/76_charts.ipynb #76charts01f
+def _own_folder(study: StudyReader, studies: Sequence[StudyReader]) -> str:
+    "As much of a study's folder as tells it from others of its name"
+    folders = {s.folder for s in studies if s.name == study.name}
+    depth = next(d for d in itertools.count(1) if len({f.parts[-d:] for f in folders}) == len(folders))
+    return '/'.join(study.folder.parts[-depth:])
+
 def study_labels(
     studies: Sequence[StudyReader],
 ) -> list[str]: # All different
     "Names to show: with the folder where two studies have the same name, and numbered if need be"
     names = [s.name for s in studies]
-    names = [f'{s.name} ({s.folder.name})' if names.count(s.name) > 1 else s.name for s in studies]
+    names = [f'{s.name} ({_own_folder(s, studies)})' if names.count(s.name) > 1 else s.name for s in studies]
     return [f'{n} #{names[:i].count(n)+1}' if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 def compare_chart(
@@ -296,8 +301,7 @@ def compare_chart(
     reached = {part: [s.final[f'{part}_score'] if s.final else None for s in studies] for part in ('val', 'test')}
     def dots(name: str, x: list, symbol: str, colour: str, **more: Any) -> go.Scatter:
         return go.Scatter(x=plain_numbers(x), y=labels, mode='markers', name=name, marker=dict(symbol=symbol, size=10, color=COLOURS[colour]), hovertemplate=f'%{{y}}<br>{name} %{{x}}<extra></extra>', **more)
-    error = dict(array=plain_numbers(2*s if s is not None else None for s in stds), thickness=1.5)
-    traces = [dots('predicted ± 2σ', means, 'diamond', 'orange', error_x=error), dots('reached', reached['val'], 'star', 'green'), dots('tested', reached['test'], 'circle-open', 'blue')]
+    traces = [dots('predicted ± 2σ', means, 'diamond', 'orange', error_x=_interval(studies[0], means, stds)|dict(thickness=1.5)), dots('reached', reached['val'], 'star', 'green'), dots('tested', reached['test'], 'circle-open', 'blue')]
     return chart_figure(traces, score_axis(metric, [*means, *reached['val']], METRICS[metric]), chart_axis(type='category', autorange='reversed'), height=150+32*len(labels))
 
 def compare_costs_chart(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse, importlib.metadata, sys, time
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 from .core import InputError, show_value
 
 # %% auto #0
@@ -63,8 +63,8 @@ def _add_export(p: argparse.ArgumentParser) -> None:
 def _add_report(commands: argparse._SubParsersAction) -> None:
     "Arguments of `llprobe report`"
     p = commands.add_parser('report', help='write or serve a site of studies, finished or running', description='Write a site of studies, finished or running: a folder of pages that opens without a network.')
-    p.add_argument('studies', type=Path, nargs='+', metavar='STUDY', help='folder of a study')
-    p.add_argument('-o', '--out', type=Path, metavar='DIR', help='folder of the site; by default report/ in the folder of a single study, or with --serve a temporary one')
+    p.add_argument('studies', type=Path, nargs='+', metavar='FOLDER', help='of a study, or above several')
+    p.add_argument('-o', '--out', type=Path, metavar='DIR', help='folder of the site; by default report/ in the one FOLDER, or with --serve a temporary one')
     p.add_argument('--details', type=float, default=20.0, metavar='SECONDS', help='time for landscapes and answers of trained models, the chosen config first (default: 20)')
     p.add_argument('--serve', action='store_true', help='serve the site on 127.0.0.1, and follow studies that are running')
     p.add_argument('--port', type=int, default=8765, help='of --serve; 0 for any that is free (default: 8765)')
@@ -106,9 +106,8 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     trackers = _trackers(args.track)
     result = run_study(args.dataset, args.out, _space(args), _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet, trackers=trackers)
-    seconds = time.perf_counter()-start
     page = _write_report(args.out, details=5.0)
-    _print_table(result, seconds)
+    _print_table(result, time.perf_counter()-start)
     for name, path in dict(report=page, figures=args.out/'figures', numbers=args.out/'result.json', weights=args.out/'best.safetensors').items():
         print(f'{name:<8} {path}')
 
@@ -138,27 +137,36 @@ def _print_table(result: dict, seconds: float) -> None:
 def status(args: argparse.Namespace) -> None:
     "Show how far a study is"
     from llprobe.core import METRICS, show_score
+    for store, name in _studies(args.out):
+        frame, metric = store.probe_frame(name), store.study(name)['metric']
+        print(f'{name}: {len(store.configs(name))} configs, {"finished" if (frame["purpose"] == "final").any() else "not finished"}')
+        if not len(frame): continue
+        table = frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()),
+                                                        best=('val_score', 'max'), seconds=('seconds', 'sum'))
+        table['best'] = [show_score(score, metric) for score in table['best']]
+        print(table.rename(columns=dict(best=f'best {METRICS[metric]}')).round(1).to_string())
+
+def _studies(out: Path) -> Iterator[tuple]: # The opened database and a study's name
+    "What a folder holds"
     from llprobe.store import open_store
-    with open_store(args.out/'study.db', create=False, read_only=True) as store:
-        for name in store.studies()['name']:
-            frame, metric = store.probe_frame(name), store.study(name)['metric']
-            print(f'{name}: {len(store.configs(name))} configs, {"finished" if (frame["purpose"] == "final").any() else "not finished"}')
-            if not len(frame): continue
-            table = frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()),
-                                                            best=('val_score', 'max'), seconds=('seconds', 'sum'))
-            table['best'] = [show_score(score, metric) for score in table['best']]
-            print(table.rename(columns=dict(best=f'best {METRICS[metric]}')).round(1).to_string())
+    with open_store(out/'study.db', create=False, read_only=True) as store:
+        names = list(store.studies()['name'])
+        if not names: raise InputError(f'{out} holds no study yet: begin one with llprobe run --out {out}')
+        for name in names: yield store, name
 
 # %% ../nbs/90_cli.ipynb #90cli00c
 def report(args: argparse.Namespace) -> None:
     "Write the site of studies, or serve it"
     sys.path.insert(0, str(Path.cwd())) # as in `run`: models are loaded again
+    from llprobe.reader import find_studies
+    studies = list(dict.fromkeys(study for folder in args.studies for study in find_studies(folder)))
     if args.serve:
         from llprobe.server import serve_report
-        return serve_report(args.studies, args.out, args.port, args.details)
-    if args.out is None and len(args.studies) > 1: raise InputError(f'{len(args.studies)} studies need a folder for their site: name one with -o')
+        return serve_report(studies, args.out, args.port, args.details)
+    if args.out is None and len(args.studies) > 1: raise InputError(f'{len(args.studies)} folders need one for their site: name it with -o')
+    if args.out is None and studies == args.studies: return print(_write_report(args.studies[0], args.details))
     from llprobe.report import write_report
-    print(write_report(args.studies, args.out, args.details) if args.out else _write_report(args.studies[0], args.details))
+    print(write_report(studies, args.out or args.studies[0]/'report', args.details))
 
 def datasets(args: argparse.Namespace) -> None:
     "List the data sets known by name"
@@ -171,17 +179,15 @@ def explain(args: argparse.Namespace) -> None:
     "Show which hyper-parameters mattered, alone and together, and why the chosen config was chosen"
     from llprobe.explain import importance, interactions, why_chosen
     from llprobe.space import SearchSpace
-    from llprobe.store import open_store
-    with open_store(args.out/'study.db', create=False, read_only=True) as store:
-        for name in store.studies()['name']:
-            records, space = store.probes(name), SearchSpace.from_dict(store.study(name)['space'])
-            table = importance(records, space)
-            print('{}: {n_probes} probes at level {level:g}, of whose scores a forest explains {oob_r2:.2f} (R², out of bag)'.format(name, **table.attrs))
-            if table.attrs['oob_r2'] <= 0: print('that is no better than guessing: read what follows as a hint at most, and probe more configs')
-            _print_frame('share of the variation', table)
-            _print_frame('interactions', interactions(records, space).head(5))
-            for final in (r for r in records if r['purpose'] == 'final'):
-                _print_frame('chosen config: change of the predicted score with the typical value instead', why_chosen(records, space, final['config']))
+    for store, name in _studies(args.out):
+        records, space = store.probes(name), SearchSpace.from_dict(store.study(name)['space'])
+        table = importance(records, space)
+        print('{}: {n_probes} probes at level {level:g}, of whose scores a forest explains {oob_r2:.2f} (R², out of bag)'.format(name, **table.attrs))
+        if table.attrs['oob_r2'] <= 0: print('that is no better than guessing: read what follows as a hint at most, and probe more configs')
+        _print_frame('share of the variation', table)
+        _print_frame('interactions', interactions(records, space).head(5))
+        for final in (r for r in records if r['purpose'] == 'final'):
+            _print_frame('chosen config: change of the predicted score with the typical value instead', why_chosen(records, space, final['config']))
 
 def _print_frame(title: str, frame) -> None:
     "A table under its title"
@@ -194,17 +200,15 @@ def export(args: argparse.Namespace) -> None:
     if not places and not args.optuna: raise InputError('export needs a place to write to: --optuna URL, --mlflow URI or --tensorboard FOLDER')
     for tracker in _trackers(places):
         from llprobe.tracking import log_study
-        for name, count in log_study(args.out, tracker).items(): print(f'{name}: {count} probes in {tracker}')
+        for name, (count, new) in log_study(args.out, tracker).items(): print(f'{name}: {count} probes in {tracker}, {new} new')
     if args.optuna: _export_optuna(args)
 
 def _export_optuna(args: argparse.Namespace) -> None:
     "Write a study to an Optuna storage"
     from llprobe.adapters import to_optuna
-    from llprobe.store import open_store
-    with open_store(args.out/'study.db', create=False, read_only=True) as store:
-        for name in store.studies()['name']:
-            trials = to_optuna(store, name, args.optuna).trials
-            print(f'{name}: {len(trials)} trials, {sum(t.state.name == "FAIL" for t in trials)} of them failed')
+    for store, name in _studies(args.out):
+        study, new = to_optuna(store, name, args.optuna)
+        print(f'{name}: {len(study.trials)} trials, {new} new')
 
 # %% ../nbs/90_cli.ipynb #90cli011
 def main(
@@ -217,7 +221,7 @@ def main(
         print(f'llprobe: {e}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('\nllprobe: stopped; the same command continues', file=sys.stderr)
+        print(f'\nllprobe: stopped{"; the same command continues" if args.command is run else ""}', file=sys.stderr)
         return 130
     return 0
 

@@ -20,13 +20,20 @@ __all__ = ['MIN_PROBES', 'importance', 'interactions', 'why_chosen']
 # %% ../nbs/57_explain.ipynb #57explain005
 MIN_PROBES = 8 # Below, a forest has nothing to learn from
 
+def _what_is_there(every: list[dict], probes: list[dict], level: float) -> str:
+    "The rest of a refusal: what was found, and what to do"
+    if not every: return 'and nothing was probed yet: run the study first'
+    crashed = [r for r in every if r['status'] == 'crashed']
+    if crashed and not probes: return f'and all {len(crashed)} crashed, the first with {crashed[0].get("error") or "an unknown error"}: mend the model or the space'
+    return f'got {len(probes)} at level {level:g}'+(f' beside {len(crashed)} that crashed' if crashed else '')+': probe more configs'
+
 def _rows(records: Iterable[dict], level: float|None) -> tuple[list[dict], np.ndarray, float]: # Configs, scores (n,), level
     "The probes to explain"
-    probes = [r for r in records if r.get('purpose', 'probe') == 'probe' and r['status'] != 'crashed']
+    every = [r for r in records if r.get('purpose', 'probe') == 'probe']
+    probes = [r for r in every if r['status'] != 'crashed']
     level = min((r['level'] for r in probes), default=0.0) if level is None else level
     probes = [r for r in probes if r['level'] == level]
-    if len(probes) < MIN_PROBES:
-        raise InputError(f'an explanation needs at least {MIN_PROBES} probes at one level, got {len(probes)} at level {level:g}: probe more configs')
+    if len(probes) < MIN_PROBES: raise InputError(f'an explanation needs at least {MIN_PROBES} probes at one level, {_what_is_there(every, probes, level)}')
     scores = np.array([np.nan if r['val_score'] is None else r['val_score'] for r in probes], float)
     scores = np.where(np.isfinite(scores), scores, scores[np.isfinite(scores)].min(initial=np.inf)).clip(-1)
     if len(set(scores)) == 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 import ipywidgets as widgets, numpy as np
 from fastcore.basics import patch
-from .charts import curves_chart, parallel_chart, ranking_chart, timeline_chart
+from .charts import curves_chart, parallel_chart, ranking_chart, study_labels, timeline_chart
 from .core import METRICS, InputError, show_score, show_value
 from .data import Dataset
 from .model_charts import landscape_chart, message_chart, surface_chart
@@ -131,7 +131,7 @@ class Explorer:
 @patch
 def _make_widgets(self: Explorer) -> None:
     "All controls, plots and lines of text, still without a study"
-    self.study_picker = _control(widgets.Dropdown, 'study', options=[(f'{s.name} ({s.folder.name})', i) for i, s in enumerate(self.studies)])
+    self.study_picker = _control(widgets.Dropdown, 'study', options=[(label, i) for i, label in enumerate(study_labels(self.studies))])
     self.live, self.headline = _control(widgets.Checkbox, 'live', value=False, indent=False), _read_out('headline')
     self.level = _control(widgets.SelectionSlider, 'rank up to level', options=[('0', 0.0)])
     self.config = _control(widgets.Dropdown, 'config', options=[''])

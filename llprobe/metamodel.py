@@ -27,7 +27,8 @@ class MetaModel(Protocol):
         "Predict each config from its highest level"
 
 # %% auto #0
-__all__ = ['MetaModel', 'log_odds_error', 'score_at', 'level_pairs', 'pair_weights', 'exponent_spread', 'PowerLawModel']
+__all__ = ['MetaModel', 'log_odds_error', 'score_at', 'level_pairs', 'pair_weights', 'exponent_spread', 'PowerLawModel',
+           'is_vague']
 
 # %% ../nbs/51_metamodel.ipynb #51metamodel005
 def log_odds_error(
@@ -149,3 +150,12 @@ def _repr_html_(self: PowerLawModel) -> str:
     source = f'{self.n_pairs} pairs of levels' if self.n_pairs >= self.min_pairs else f'the prior, since there are {self.n_pairs} of {self.min_pairs} pairs of levels'
     strongest = self.learnt().head(8).rename('change of the exponent').to_frame()
     return f'<p>Error falls with the data to the power of {self.spread[0]:.2f} ± {self.spread[1]:.2f}, from {source}.</p>{strongest.to_html(float_format="{:+.3f}".format) if len(strongest) else ""}'
+
+# %% ../nbs/51_metamodel.ipynb #51metamodeln01
+def is_vague(
+    mean: float, # Predicted for the best config
+    std: float, # Its deviation
+    means: Sequence[float], # Predicted for all configs
+) -> bool:
+    "Is a prediction too uncertain to tell the best config from half of all?"
+    return bool(mean-std < np.nanmedian(means))

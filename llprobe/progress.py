@@ -34,23 +34,24 @@ def _form() -> str: # 'widget', 'terminal' or 'lines'
 # %% ../nbs/00a_progress.ipynb #00aprogress009
 class _Facts:
     "What the forms share; comes before a class of tqdm"
-    facts, count = '', ''
+    facts, count, rate = '', '', None
 
     @property
     def format_dict(self) -> dict[str, Any]: # What a format may name
         values = super().format_dict
         number = f'{values["n"]}/{values["total"]}' if values['total'] else f'{values["n"]}'
         count = self.count or f'{number} {values["unit"]}'.rstrip()
-        return values | dict(count=count, facts=f'{self.facts} ' if self.facts else '', title=f'{self.desc}, ' if self.desc else '')
+        return values | dict(rate=self.rate, count=count, facts=f'{self.facts} ' if self.facts else '', title=f'{self.desc}, ' if self.desc else '')
 
     def show(self,
         n: float, # How far it is, in the unit of `total`
         facts: str = '', # Such as 'best 93.1%'
         count: str = '', # Shown in place of n, total and unit
         total: float|None = None, # When the plan has changed
+        rate: float|None = None, # Of `n`, a second; by default what passed since the start
     ) -> None:
         "Go to `n`, and say something"
-        self.facts, self.count, self.total = facts, count, total or self.total
+        self.facts, self.count, self.total, self.rate = facts, count, total or self.total, rate
         self.update(n-self.n)
 
     def __exit__(self, kind: Any, *exception: Any) -> None:

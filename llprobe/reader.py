@@ -206,9 +206,11 @@ def best(self: StudyReader) -> str|None: # Its config_id
 
 # %% ../nbs/75_reader.ipynb #75reader011
 @patch
-def cost(self: StudyReader) -> pd.DataFrame: # One row a purpose and level: probes, seconds, fte
+def cost(self: StudyReader) -> pd.DataFrame: # One row a purpose and level: probes, seconds, fte; and one of the purpose 'metamodel' where the result says
     "What was spent where"
-    return self.timeline.groupby(['purpose', 'level'], sort=False).agg(probes=('fte', 'size'), seconds=('seconds', 'sum'), fte=('fte', 'sum')).reset_index()
+    table = self.timeline.groupby(['purpose', 'level'], sort=False).agg(probes=('fte', 'size'), seconds=('seconds', 'sum'), fte=('fte', 'sum')).reset_index()
+    if self.result: table.loc[len(table)] = ['metamodel', math.nan, 0, *(self.result['cost'][kind]['metamodel'] for kind in ('seconds', 'fte'))]
+    return table
 
 # %% ../nbs/75_reader.ipynb #75reader014
 @patch
@@ -308,7 +310,7 @@ def design(self: StudyReader) -> str:
 @patch
 def headline(self: StudyReader) -> str:
     "The study in one sentence"
-    spent, show = self.timeline['fte'].sum(), functools.partial(show_score, metric=self.metric)
+    spent, show = self.cost()['fte'].sum(), functools.partial(show_score, metric=self.metric)
     done = f'reached {show(self.final["val_score"])}, tested {show(self.final["test_score"])}' if self.final and self.final['test_score'] is not None else 'not finished'
     return f'{self.design()}; {done}; {spent:.2f} full-training equivalents'
 

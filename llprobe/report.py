@@ -14,6 +14,7 @@ from .charts import (compare_chart, compare_costs_chart, config_curves_chart, co
 from .core import METRICS, atomic_path, show_score
 from .details import Details, shown_record, study_details
 from .evaluation import targets_chart
+from .metamodel import is_vague
 from .reader import StudyReader, read_study
 
 # %% auto #0
@@ -67,6 +68,12 @@ def _plus_minus(study: StudyReader, mean: float|None, std: float|None) -> str:
     "A prediction, or a dash"
     return '–' if mean is None or not math.isfinite(mean) else f'{_score(study)(mean)} ± {_score(study)(std)}'
 
+def _remark(study: StudyReader) -> str:
+    "What to think of the prediction, if it is of no use"
+    mean, std = _predicted(study, study.best)
+    if mean is None or not is_vague(mean, std, study.ranking()['mean']): return ''
+    return 'The prediction is too uncertain to tell the best config from half of the others.'
+
 def _cost_text(study: StudyReader) -> str:
     "Spent, and what trying all in full would have taken"
     return f'{total_cost(study):.2f} of {study.n_tried} FTE'
@@ -114,10 +121,8 @@ def _config_rows(study: StudyReader) -> tuple[list[str], list[list[_Cell]], int|
 
 def _ledger(study: StudyReader) -> dict[str, Any]:
     "What was spent where"
-    rows = [[_Cell('full training' if r.purpose == 'final' else 'probes'), _number(r.level), _number(r.probes), _number(r.fte, '{:.2f}'.format), _number(r.seconds, '{:.1f}'.format)] for r in study.cost().itertuples()]
-    if study.result:
-        cost = study.result['cost']
-        rows.append([_Cell('meta-model'), _number(None), _number(None), _number(cost['fte']['metamodel'], '{:.2f}'.format), _number(cost['seconds']['metamodel'], '{:.1f}'.format)])
+    names = dict(probe='probes', final='full training', metamodel='meta-model')
+    rows = [[_Cell(names[r.purpose]), _number(r.level), _number(r.probes or None), _number(r.fte, '{:.2f}'.format), _number(r.seconds, '{:.1f}'.format)] for r in study.cost().itertuples()]
     return _table('ledger', 'Cost ledger', ['part', 'level', 'trainings', 'FTE', 'seconds'], rows)
 
 # %% ../nbs/80_report.ipynb #80report00c
@@ -131,7 +136,7 @@ def _study_page(study: StudyReader) -> dict[str, Any]:
     charts = {name: [_chart(*c) for c in group] for name, group in dict(scores=scores, mattered=mattered, search=search).items()}
     charts['parallel'] = _chart(parallel_chart(study), f'Every config across its hyper-parameters, coloured by its {score} at {low}. Drag along an axis to choose.', wide=True)
     columns, rows, best = _config_rows(study)
-    return dict(headline=f'{study.design()} each.', cards=_study_cards(study), best=study.best, best_values=_values(study, study.best), finished=bool(study.final), charts=charts, facts=_facts(study),
+    return dict(headline=f'{study.design()} each.', cards=_study_cards(study), remark=_remark(study), best=study.best, best_values=_values(study, study.best), finished=bool(study.final), charts=charts, facts=_facts(study),
                 table=_table('configs', 'All configs, best prediction first', columns, rows, best), ledger=_ledger(study))
 
 def _values(study: StudyReader, config: str|None) -> list[tuple[str, str]]:
@@ -182,11 +187,12 @@ def _index_table(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[s
     "One row a study"
     rows = []
     for study, label, href in zip(studies, study_labels(studies), hrefs):
-        show, scores = _score(study), [r['val_score'] for r in study.records if r['val_score'] is not None and math.isfinite(r['val_score'])]
+        show, probes = _score(study), [r for r in study.probes if r['val_score'] is not None and math.isfinite(r['val_score'])]
+        score, level = max(((r['val_score'], r['level']) for r in probes), default=(None, None))
         spent, last = total_cost(study), study.timeline['finished_at'].iloc[-1] if len(study.timeline) else study.study['created_at']
-        rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(study.space.architecture), _number(len(study.configs)), _Cell(METRICS[study.metric]), _number(max(scores, default=None), show),
+        rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(study.space.architecture), _number(len(study.configs)), _Cell(METRICS[study.metric]), _number(score, lambda score: f'{show(score)} at level {level:g}'),
                      _number(_predicted(study, study.best)[0], show), _number(spent, '{:.2f}'.format), _Cell('finished' if study.final else 'not finished'), _Cell(last[:16].replace('T', ' '))])
-    return _table('studies', 'Studies', ['study', 'data set', 'architecture', 'configs', 'metric', 'best seen', 'predicted', 'FTE', 'state', 'last probe'], rows)
+    return _table('studies', 'Studies', ['study', 'data set', 'architecture', 'configs', 'metric', 'best probe', 'predicted', 'FTE', 'state', 'last probe'], rows)
 
 def _compare_page(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[str, Any]:
     "What `compare.html` shows"

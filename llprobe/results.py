@@ -10,6 +10,7 @@ from typing import Any, Iterator
 import pandas as pd
 from matplotlib.figure import Figure
 from .core import METRICS, InputError, score_key, show_score
+from .metamodel import is_vague
 from .reader import read_result
 from .store import open_store
 from .visualization import plot_cost, plot_curves, plot_levels, plot_predictions, plot_responses, save_figure
@@ -48,7 +49,8 @@ def summary_rows(
     "The answer in a few lines"
     fte, seconds, metric, predicted = result['cost']['fte'], result['cost']['seconds'], result['metric'], result['predicted']
     (val, test), name, show = (score_key(part, metric) for part in ('val', 'test')), METRICS[metric], functools.partial(show_score, metric=metric)
-    return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])}'),
+    vague = ', too wide to tell it from half of the configs' if is_vague(predicted[val], predicted['std'], [p['predicted'] for p in result['predictions']]) else ''
+    return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])}{vague}'),
             (f'reached validation {name}', show(result['reached'][val])), (f'reached test {name}', show(result['reached'][test])),
             ('cost of the search', f'{fte["probe"]+fte["metamodel"]:.2f} FTE'), ('cost with the full training', f'{fte["total"]:.2f} FTE'),
             ('training all configs in full', f'{fte["all_configs_in_full"]:.2f} FTE'),

@@ -24,6 +24,7 @@ from .optimization import DEFAULTS, resolve_config
 from .population import METHODS, default_workers, probe_population
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, ended, full_training_equivalents, load_split, run_probe, task_indices
 from .progress import between_bars, progress_bar
+from .reader import read_result
 from .search import BudgetSearch, Search, Trial, check_levels
 from .space import SearchSpace, config_id, default_space
 from .store import Store, open_store
@@ -245,13 +246,12 @@ def open_study(
 
 # %% ../nbs/61_study.ipynb #61study014
 def _writable_folder(out: str|Path) -> Path:
-    "Make the folder and see that a file can be written there"
+    "See that the folder can be written or made, but leave making it to the database: what is refused leaves nothing behind"
     out = Path(out).expanduser().absolute()
     nearest = next(p for p in (out, *out.parents) if p.exists())
     try:
         if not nearest.stat().st_mode & 0o222: raise PermissionError(errno.EACCES, f'{nearest} is read-only')
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out): pass
+        with tempfile.TemporaryFile(dir=nearest): pass
     except OSError as e: raise InputError(f'{out} cannot be written ({e.strerror or e}): choose another folder') from None
     return out.resolve()
 
@@ -260,16 +260,25 @@ def _fte(study: Study, records: Iterable[dict]) -> float:
     "What records of the study cost, in full-training equivalents"
     return full_training_equivalents(records, len(study.split.train), study.settings.probe.train.n_epochs)
 
-def _standing(study: Study) -> dict[str, Any]: # For the bar's `show`
-    "How far the probes are"
+def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For the bar's `show`; probes that run side by side, if that is known
+    "How far the probes are, and how fast they go by their own clocks"
     records, sizes, levels = [r for r in study.search.records.values() if r['purpose'] == 'probe'], study.search.rung_sizes(), study.settings.levels
     spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), sum(_overheads(study.split, study.settings))
     left = sum((size-done[level])*(level+overhead) for level, size in zip(levels, sizes))
     planned = spent+left if sizes else max(spent, study.settings.budget-1)
     scores = [r['val_score'] for r in records if r['status'] == 'ok']
     best = [f'best {show_score(max(scores), study.split.dataset.metric, 1)}'] if scores else []
-    return dict(n=spent, total=planned, facts=', '.join([*best, f'{spent:.3g} of {planned:.3g} FTE']),
+    seconds = sum(r['seconds'] for r in records)
+    return dict(n=spent, total=planned, rate=at_once*spent/seconds if at_once and seconds else None, facts=', '.join([*best, f'{spent:.3g} of {planned:.3g} FTE']),
                 count=f'probes {len(records)}'+(f'/{sum(sizes)}' if sizes else ''))
+
+# %% ../nbs/61_study.ipynb #61studyn01
+def _dear(study: Study) -> str: # Empty if the search is worth it
+    "A word before a search that is expected to cost more than what it saves"
+    sizes, planned = study.search.rung_sizes(), 1+_standing(study)['total']
+    if not sizes or planned <= sizes[0] or study.store.probes(study.name): return ''
+    return (f'expected cost: {planned:.3g} full trainings, more than the {sizes[0]} of training all configs in full, '
+            'since validation and responses weigh much beside short trainings: fewer levels, more epochs or a budget make it worth while')
 
 # %% ../nbs/61_study.ipynb #61study017
 def finished_record(
@@ -290,10 +299,11 @@ def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: Any) -> 
     tasks = [study.task(t) for t in trials]
     anew = {t.checkpoint for t in tasks if t.checkpoint and not Path(t.checkpoint).exists()}
     bar.set_description_str(f'level {", ".join(f"{level:g}" for level in sorted({t.level for t in trials}))}')
+    at_once = min(workers.n_workers, len(tasks)) if workers.executor is None else None # others may have any size
     for task, result in probe_population(tasks, workers, _method(study.settings)):
         study.take(record := finished_record(task, result), task.checkpoint in anew)
         if task.checkpoint and ended([record]): Path(task.checkpoint).unlink(missing_ok=True)
-        bar.show(**_standing(study))
+        bar.show(**_standing(study, at_once))
     prune_checkpoints(study.paused, _KEPT)
     records = [r for r in study.search.records.values() if r['level'] == trials[0].level]
     if all(r['status'] == 'crashed' for r in records):
@@ -377,6 +387,7 @@ def run_study(
 ) -> dict[str, Any]: # The content of result.json
     "Probe, predict, train the predicted best in full and test it; run again to resume"
     with _driving(dataset, out, space, settings, name, n_workers, wait, progress, trackers) as (study, n):
+        if progress and (said := _dear(study)): print(said, file=sys.stderr)
         for trial in _probe_all(study, n, executor, progress): _run_final(study, trial, n, executor, progress)
         result = summarise(study)
         write_json(study.out/'result.json', result)
@@ -416,6 +427,9 @@ def _cost(study: Study) -> dict[str, Any]:
     fte = {purpose: _fte(study, rows) for purpose, rows in parts.items()}
     seconds = {purpose: sum(r['seconds'] for r in rows) for purpose, rows in parts.items()}
     seconds['metamodel'] = study.search.metamodel_seconds
+    with contextlib.suppress(InputError, KeyError): # run again, a finished study keeps what was measured first
+        earlier = read_result(study.out)['cost']['seconds']
+        if earlier['final'] == seconds['final']: seconds['metamodel'] = earlier['metamodel']
     fte['metamodel'] = seconds['metamodel']*fte['probe']/max(seconds['probe'], 1e-9)
     return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(_n_tried(study))),
                 seconds=seconds | dict(total=sum(seconds.values())))

@@ -20,7 +20,7 @@ __all__ = ['Tracker', 'MLflowTracker', 'TensorBoardTracker', 'log_study', 'open_
 class Tracker(Protocol):
     "What `run_study` and `log_study` talk to; whatever was logged before is to be left as it is"
     def begin(self, store: Store, study: str) -> None: ... # The study's database and name; raises `InputError` for what the user can mend
-    def log(self, record: dict[str, Any]) -> None: ... # A probe that the store holds
+    def log(self, record: dict[str, Any]) -> bool: ... # A probe that the store holds; whether it is new to the tracker
     def finish(self, result: dict[str, Any]|None) -> None: ... # The content of result.json; None if the study was stopped
 
 # %% ../nbs/67_tracking.ipynb #67tracking006
@@ -126,16 +126,17 @@ class MLflowTracker:
         self.parent = self.runs[self.key].info.run_id if self.key in self.runs else self._create(self.key, self.row['name'], dict(study=self.row['name'], dataset=self.row['dataset']))
         self.client.update_run(self.parent, status='RUNNING')
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: dict[str, Any]) -> bool:
         "One nested run, once"
         run = _run(self.store, self.row, record)
         if run.key in self.runs:
-            if self.runs[run.key].info.status != 'RUNNING': return
+            if self.runs[run.key].info.status != 'RUNNING': return False
             self.client.delete_run(self.runs[run.key].info.run_id)
         run_id = self._create(run.key, run.name, run.tags, record['seconds'])
         self._write(run_id, run.parameters, [(run.metrics, len(run.curve)), *(({f'curve/{k}': v for k, v in row.items() if k != 'epoch'}, row['epoch']) for row in run.curve)])
         self.client.set_terminated(run_id, 'FAILED' if record['status'] == 'crashed' else 'FINISHED')
         self.runs[run.key] = self.client.get_run(run_id)
+        return True
 
     def finish(self, result: dict[str, Any]|None) -> None:
         "End the parent: KILLED if the study was stopped"
@@ -219,10 +220,12 @@ class TensorBoardTracker:
         try: self.study.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise InputError(f'{self.folder} cannot be written ({e.strerror}): choose another folder') from e
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: dict[str, Any]) -> bool:
         "One event file, once"
         run = _run(self.store, self.row, record)
-        if not (self.study/run.name/_EVENTS).exists(): _write_events(self.study/run.name, self._summaries(run))
+        if (self.study/run.name/_EVENTS).exists(): return False
+        _write_events(self.study/run.name, self._summaries(run))
+        return True
 
     def finish(self, result: dict[str, Any]|None) -> None:
         "What came out, as text and as scalars"
@@ -242,7 +245,7 @@ class TensorBoardTracker:
 def log_study(
     study: str|Path|Store, # Folder of the study, or its opened database
     tracker: Tracker,
-) -> dict[str, int]: # Probes by study
+) -> dict[str, tuple[int, int]]: # By study: probes, and how many of them are new to the tracker
     "Tell a tracker what the database holds, finished or not"
     store = study if isinstance(study, Store) else open_store(Path(study)/'study.db', create=False, read_only=True)
     with contextlib.nullcontext() if store is study else store: # whoever opened a store closes it
@@ -250,9 +253,8 @@ def log_study(
         for name in store.studies()['name']:
             tracker.begin(store, name)
             records = store.probes(name)
-            for record in records: tracker.log(record)
+            told[name] = len(records), sum(tracker.log(record) for record in records)
             tracker.finish(_result(store, name))
-            told[name] = len(records)
     return told
 
 def _result(store: Store, study: str) -> dict[str, Any]|None:

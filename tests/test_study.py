@@ -1,12 +1,14 @@
 "The main job from outside: same answer twice, killed and resumed, two drivers, bad input, another folder."
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -74,6 +76,18 @@ def test_what_a_run_leaves_behind(uninterrupted):
     assert parts['probe'] > 8*0.1+4*0.2  # the trainings, and validation and perturbation on top
     assert (uninterrupted/'report'/'index.html').exists()
     assert (uninterrupted/'figures'/'levels.png').exists()
+
+
+def test_the_wall_clock_counts_report_and_figures(uninterrupted, monkeypatch, capsys):
+    from llprobe import cli
+    now = [0.0]
+    def write_report(out, details):
+        now[0] += 100
+        return out/'report'/'index.html'
+    monkeypatch.setattr(cli, 'time', SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(cli, '_write_report', write_report)
+    assert cli.main(['run', *STUDY, '--out', str(uninterrupted), '--jobs', '1']) == 0
+    assert re.search(r'^wall clock +100\.0 s$', capsys.readouterr().out, re.MULTILINE)
 
 
 def test_one_worker_gives_the_same_predictions_as_two(uninterrupted, tmp_path):
@@ -207,9 +221,10 @@ def test_bad_input_costs_one_sentence_and_exit_code_2(case, tmp_path, images, mo
     from llprobe.cli import main
     monkeypatch.setenv('LLPROBE_CACHE', str(tmp_path/'cache'))
     arguments, word = bad_input(case, tmp_path, images)
-    assert main(['run', '--quiet', '--out', str(tmp_path/'out'), *arguments]) == 2
+    assert main(['run', '--quiet', '--out', str(tmp_path/'new'/'out'), *arguments]) == 2
     message = capsys.readouterr().err.strip()
     assert word in message and len(message.splitlines()) == 1, message
+    assert not (tmp_path/'new').exists()
 
 
 @pytest.mark.parametrize('below', ['', 'new/study'])

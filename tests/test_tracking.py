@@ -74,7 +74,7 @@ def tracked(tmp_path_factory) -> Path:
     for _ in range(2):
         run(folder/'study', *trackers())
     for tracker in trackers():
-        assert log_study(folder/'study', tracker) == dict(digits=N_PROBES)
+        assert log_study(folder/'study', tracker) == dict(digits=(N_PROBES, 0))
     return folder
 
 
@@ -220,7 +220,7 @@ def test_hostile_names_stay_in_their_place(tmp_path, tracked, name):
         store.add_configs(name, [config])
         store.add_probe(name, record)
         for tracker in (TensorBoardTracker(inside/'board'), MLflowTracker(f'sqlite:///{tracked}/mlflow.db', name)):
-            assert log_study(store, tracker) == log_study(store, tracker) == {name: 1}
+            assert [log_study(store, tracker), log_study(store, tracker)] == [{name: (1, 1)}, {name: (1, 0)}]
     assert {p.name for p in tmp_path.rglob('*') if p.is_file() and 'tfevents' in p.name} == {'events.out.tfevents.llprobe'}
     assert [p.name for p in tmp_path.iterdir()] == ['deep'] and [p.name for p in (tmp_path/'deep').iterdir()] == ['inside']
     assert len(boards(inside/'board')) == 1
@@ -258,5 +258,5 @@ def test_the_command_line(tmp_path):
     done = subprocess.run([*llprobe, 'run', *arguments, *places], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, '')
     again = subprocess.run([*llprobe, 'export', tmp_path/'study', '--mlflow', f'sqlite:///{tmp_path}/mlflow.db', '--tensorboard', tmp_path/'board'], capture_output=True, text=True)
-    assert (again.returncode, again.stderr) == (0, '') and again.stdout.count('digits: 3 probes in') == 2
+    assert (again.returncode, again.stderr) == (0, '') and again.stdout.count('digits: 3 probes in') == again.stdout.count(', 0 new\n') == 2
     assert len(runs_of(f'sqlite:///{tmp_path}/mlflow.db')[1]) == 3 and len(boards(tmp_path/'board')) == 4

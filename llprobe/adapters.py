@@ -40,10 +40,11 @@ def _trial(optuna: Any, space: SearchSpace, records: list[dict], predicted: floa
     last, config, states = records[-1], records[-1]['config'], optuna.trial.TrialState
     scores = {round(r['level']*unit): math.nan if r['val_score'] is None else r['val_score'] for r in records}
     value = list(scores.values())[-1]
-    complete = last['status'] != 'crashed' and not math.isnan(value)
+    failed = last['status'] == 'crashed' or math.isnan(value)
+    state = states.FAIL if failed else states.PRUNED if last['status'] == 'paused' else states.COMPLETE
     attributes = {name: last[name] for name in (*_IDENTITY, 'status')}
     if predicted is not None and math.isfinite(predicted): attributes['predicted'] = predicted
-    return optuna.trial.create_trial(state=states.COMPLETE if complete else states.FAIL, value=value if complete else None, params=config,
+    return optuna.trial.create_trial(state=state, value=None if failed else value, params=config,
         distributions={name: _distribution(optuna, space.configspace[name]) for name in config}, intermediate_values=scores, user_attrs=attributes)
 
 # %% ../nbs/66_adapters.ipynb #66adapters00e
@@ -73,7 +74,7 @@ def to_optuna(
     trials = [_trial(optuna, space, records, predicted.get(c), unit) for c, records in found.items()]
     exported = _open(optuna, row['name'], storage, _study_key(row))
     for name, value in dict(dataset=row['dataset'], metric=row['metric'], steps_per_full_training=unit).items(): exported.set_user_attr(name, value)
-    def identity(trial: Any) -> tuple: return tuple(trial.user_attrs.get(name) for name in _IDENTITY)
+    def identity(trial: Any) -> tuple: return tuple(trial.user_attrs.get(name) for name in (*_IDENTITY, 'status')) # a paused one may have gone on
     known = set(map(identity, exported.trials))
     new = [trial for trial in trials if identity(trial) not in known]
     exported.add_trials(new)

@@ -37,7 +37,7 @@ def make_ladder(
 
 def pause_epochs(
     n_epochs: int, # Of a whole training
-    shares: Sequence[float] = (1/3, 2/3), # Of its epochs, in (0, 1)
+    shares: Sequence[float] = (0.33, 0.67), # Of its epochs, in (0, 1)
 ) -> list[int]: # Ascending; the last is `n_epochs`
     "The epochs after which a training may pause, and its end"
     if wrong := [share for share in shares if not 0 < share < 1]: raise InputError(f'pauses must be shares of the epochs in (0, 1), got {wrong[0]:g}')

@@ -12,6 +12,7 @@ from .core import METRICS, InputError, show_score, show_value
 from .explain import importance, interactions
 from .model_charts import (CYCLE, INK, QUIET, SCORES, chart_axis, chart_figure, confusion_chart, landscape_chart, message_chart, plain_numbers, score_axis, show_text,
                                   surface_chart)
+from .probe import ended
 from .reader import StudyReader
 from .visualization import COLOURS, LOWEST_SCORE, log_ticks
 
@@ -93,7 +94,8 @@ def levels_chart(
     "Validation score against the level; for highlighted configs what is predicted ± 2σ, and what was reached"
     if not study.probes: return message_chart('nothing was probed yet')
     highlight, ranking, unit = _highlight(study, highlight), study.ranking(), METRICS[study.metric]
-    rows = {c: [r for r in study.probes if r['config_id'] == c] for c in {r['config_id']: None for r in study.probes}}
+    probes = ended(study.probes)
+    rows = {c: [r for r in probes if r['config_id'] == c] for c in {r['config_id']: None for r in probes}}
     lines = {c: ([r['level'] for r in rs], [r['val_score'] for r in rs]) for c, rs in rows.items()}
     traces = _highlighted(lines, highlight, f'level %{{x}}<br>{unit} %{{y}}')
     for config, colour in zip([c for c in highlight if c in ranking.index], itertools.cycle(CYCLE)):

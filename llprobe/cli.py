@@ -24,6 +24,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     p.add_argument('--budget', type=float, help='full trainings to spend in all: search within it for what to probe next, instead of successive levels')
     p.add_argument('--warm-start', type=Path, nargs='+', action='extend', default=[], metavar='FOLDER', help='folders of other studies, finished or begun, on other data: begin with what they learnt')
     p.add_argument('--choose-levels', action='store_true', help='with a budget: a pilot of 8 configs chooses the level that the others begin at')
+    p.add_argument('--pauses', type=float, nargs='*', default=[0.33, 0.67], metavar='SHARE', help='with a budget: shares of the epochs after which a probe may pause, to be continued if it looks promising; without a number probes never pause')
     p.add_argument('--promote', type=float, default=0.5, help='share of configs that goes on to the next level; 1 keeps all')
     p.add_argument('--epochs', type=int, default=10, help='epochs of every training')
     p.add_argument('--seed', type=int, default=0, help='of the split, the subsets, the weights, the noise and the design')
@@ -90,7 +91,7 @@ def _settings(args: argparse.Namespace):
     from llprobe.training import TrainSettings
     train = TrainSettings(n_epochs=args.epochs, schedule=args.schedule, augment=args.augment, device=args.device)
     probe = ProbeSettings(architecture=args.architecture, strategy=args.strategy, train=train, training=args.training)
-    return StudySettings(tuple(args.levels), args.configs, args.design, args.promote, args.seed, probe, args.budget, population=args.population, choose_levels=args.choose_levels,
+    return StudySettings(tuple(args.levels), args.configs, args.design, args.promote, args.seed, probe, args.budget, population=args.population, choose_levels=args.choose_levels, pauses=tuple(args.pauses),
                          warm_start=tuple(args.warm_start))
 
 def _space(args: argparse.Namespace):

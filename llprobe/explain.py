@@ -34,7 +34,9 @@ def _rows(records: Iterable[dict], level: float|None) -> tuple[list[dict], np.nd
     level = min((r['level'] for r in probes), default=0.0) if level is None else level
     probes = [r for r in probes if r['level'] == level]
     if len(probes) < MIN_PROBES: raise InputError(f'an explanation needs at least {MIN_PROBES} probes at one level, {_what_is_there(every, probes, level)}')
-    scores = np.array([np.nan if r['val_score'] is None else r['val_score'] for r in probes], float)
+    common = min((len(r['curve']) for r in probes if r['status'] == 'paused'), default=0) # epochs, so that all are compared alike
+    seen = [r['curve'][common-1] if 0 < common <= len(r['curve']) else r for r in probes]
+    scores = np.array([np.nan if r['val_score'] is None else r['val_score'] for r in seen], float)
     scores = np.where(np.isfinite(scores), scores, scores[np.isfinite(scores)].min(initial=np.inf)).clip(-1)
     if len(set(scores)) == 1:
         raise InputError(f'all {len(probes)} probes at level {level:g} scored alike: there is nothing to explain')

@@ -15,7 +15,7 @@ from .data import Dataset, Split, cache_folder, cached_file, load_dataset, open_
 from .dataset_features import chance_score, part_sizes
 from .features import feature_frame
 from .metamodel import PowerLawModel
-from .probe import ProbeSettings, ProbeTask, full_training_equivalents, pack_weights, task_model, task_split, train_tasks
+from .probe import ProbeSettings, ProbeTask, ended, full_training_equivalents, pack_weights, task_model, task_split, train_tasks
 from .space import SearchSpace, config_id
 from .store import open_store
 from .training import network_samples, resolve_device
@@ -172,7 +172,7 @@ def _prior(self: StudyReader) -> dict[str, Any]: # Options of the meta-model
 @patch
 def _features(self: StudyReader, level: float) -> pd.DataFrame:
     "The meta-model's table of the probes up to a level; at least one"
-    return feature_frame([r for r in self.probes if r['level'] <= level], self.space, self.study['data_features'])
+    return feature_frame([r for r in ended(self.probes) if r['level'] <= level], self.space, self.study['data_features'])
 
 @patch
 def metamodel(self: StudyReader,
@@ -192,7 +192,7 @@ def ranking(self: StudyReader,
 @patch
 def _rank(self: StudyReader, level: float) -> pd.DataFrame:
     "`ranking`, which many charts of a page ask for, without its memory"
-    if not any(r['level'] <= level for r in self.probes):
+    if not any(r['level'] <= level for r in ended(self.probes)):
         return pd.DataFrame(columns=['mean', 'std', 'level', 'exponent', 'val_score', 'status'], index=pd.Index([], name='config_id'))
     frame = self._features(level)
     table, seen = self.metamodel(level).predict(frame), frame.set_index(['config_id', 'level'])[['val_score', 'status']]

@@ -111,9 +111,9 @@ def _order(study: StudyReader) -> list[str]: # config_ids
 
 def _config_rows(study: StudyReader) -> tuple[list[str], list[list[_Cell]], int|None]: # Columns, rows, position of the best
     "The table of all configs, in their order"
-    ranking, names, rows = study.ranking(), list(study.space.names), []
+    ranking, names, rows, paused = study.ranking(), list(study.space.names), [], {r['config_id']: r for r in study.probes if r['status'] == 'paused'}
     for config in (order := _order(study)):
-        r = ranking.loc[config] if config in ranking.index else dict(mean=None, std=None, val_score=None, level=None, status='not probed')
+        r = ranking.loc[config] if config in ranking.index else dict(mean=None, std=None, val_score=None, level=None, status='not probed') | paused.get(config, {})
         show = _score(study)
         rows.append([_Cell(config[:8], href=f'{config}.html', kind='id'), _number(r['mean'], show), _number(r['std'], show), _number(r['val_score'], show), _number(r['level']), _Cell(r['status']),
                      *(_value(study.configs[config].get(n)) for n in names)])

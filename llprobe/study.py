@@ -48,7 +48,7 @@ class StudySettings:
     budget: float|None = None # In full trainings, the last one included: search within it (`search.BudgetSearch`) in place of successive levels
     pool: int = 512          # Candidates of a search within a budget, or of a warm start
     choose_levels: bool = False # Within a budget: let a pilot choose the level that configs begin at?
-    pauses: tuple[float, ...] = (1/3, 2/3) # Within a budget: shares of the epochs after which a probe may pause, to be continued if it is promising; not with a training of one's own
+    pauses: tuple[float, ...] = (0.33, 0.67) # Within a budget: shares of the epochs after which a probe may pause, to be continued if it is promising; not with a training of one's own
     population: str|None = None # One of `population.METHODS`; None is 'auto' on a GPU, and 'alone' on a CPU, where a resumed study then has the bits of an uninterrupted one
 
     warm_start: tuple[str|Path|dict[str, str], ...] = () # Folders of other studies to learn from; of an opened study what names them, such as their data sets

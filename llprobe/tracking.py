@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Protocol
 from fastcore.basics import patch
 from .core import InputError, atomic_path, digest, name_scores
-from .probe import full_training_equivalents
+from .probe import ended, full_training_equivalents
 from .store import Store, _text, open_store
 
 # %% auto #0
@@ -252,9 +252,10 @@ def log_study(
         told = {}
         for name in store.studies()['name']:
             tracker.begin(store, name)
-            records = store.probes(name)
+            result, records = _result(store, name), store.probes(name)
+            if not result: records = ended(records) # the others may go on
             told[name] = len(records), sum(tracker.log(record) for record in records)
-            tracker.finish(_result(store, name))
+            tracker.finish(result)
     return told
 
 def _result(store: Store, study: str) -> dict[str, Any]|None:

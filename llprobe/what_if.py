@@ -9,6 +9,7 @@ import numpy as np, pandas as pd, plotly.graph_objects as go
 from scipy.stats import norm
 from ConfigSpace.hyperparameters import UniformFloatHyperparameter
 from .core import InputError
+from .features import fidelities
 from .metamodel import log_odds_error, score_at
 from .model_charts import chart_axis, chart_figure, score_axis
 from .reader import StudyReader
@@ -52,14 +53,14 @@ class WhatIf:
         x, z = self.space.encode([r['config'] for r in rows]), log_odds_error(np.array(scores), study.n_val, study.chance)[0]
         exponent, spread = study.metamodel().spread
         self._distance_std = spread*-level.max()
-        with one_thread(): self._gp = FidelityGP(x.shape[1]).fit(x, (1-level/min(level.min(), -1e-9))[:, None], z+exponent*level)
+        with one_thread(): self._gp = FidelityGP(x.shape[1]).fit(x, fidelities(rows), z+exponent*level)
 
     def predict(self,
         configs: Sequence[dict[str, Any]], # n, of the space
         coverage: float = 0.9, # Of the interval
     ) -> pd.DataFrame: # n rows: median, low, high
         "What these configs would reach in full"
-        with one_thread(): mean, std = self._gp.predict(self.space.encode(list(configs)), [1.0])
+        with one_thread(): mean, std = self._gp.predict(self.space.encode(list(configs)), [1.0, 1.0])
         half = norm.ppf(0.5+coverage/2)*np.hypot(std, self._distance_std)
         return pd.DataFrame({name: score_at(z, self.chance) for name, z in dict(median=mean, low=mean+half, high=mean-half).items()})
 

@@ -30,10 +30,10 @@ def make_ladder(
     validation: float = 0.0, # Cost in full trainings of what each training at a level below 1 pays besides, epoch by epoch
     overhead: float = 0.0, # Cost in full trainings of what it pays once, at its end
 ) -> list[Rung]: # By level, then epochs
-    "Every pause at every level"
+    "Pauses at the lowest level, whole trainings at the others, and pauses again at level 1"
     levels, epochs = sorted(levels), sorted(epochs)
     def cost(level: float, e: int) -> float: return (level+validation*(level < 1))*e/epochs[-1]+overhead*(level < 1 and e == epochs[-1])
-    return [Rung(level, e, cost(level, e)) for level in levels for e in epochs]
+    return [Rung(level, e, cost(level, e)) for level in levels for e in (epochs if level in (levels[0], 1.0) else epochs[-1:])]
 
 def pause_epochs(
     n_epochs: int, # Of a whole training

@@ -4,7 +4,7 @@
 
 # %% ../nbs/90_cli.ipynb #90cli003
 from __future__ import annotations
-import argparse, importlib.metadata, sys, time
+import argparse, importlib.metadata, os, sys, time
 from pathlib import Path
 from typing import Iterator, Sequence
 from .core import InputError, show_value
@@ -24,7 +24,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     p.add_argument('--budget', type=float, help='full trainings to spend in all: search within it for what to probe next, instead of successive levels')
     p.add_argument('--warm-start', type=Path, nargs='+', action='extend', default=[], metavar='FOLDER', help='folders of other studies, finished or begun, on other data: begin with what they learnt')
     p.add_argument('--choose-levels', action='store_true', help='with a budget: a pilot of 8 configs chooses the level that the others begin at')
-    p.add_argument('--pauses', type=float, nargs='*', default=[0.33, 0.67], metavar='SHARE', help='with a budget: shares of the epochs after which a probe may pause, to be continued if it looks promising; without a number probes never pause')
+    p.add_argument('--pauses', type=float, nargs='*', default=[0.33, 0.67], metavar='SHARE', help='with a budget: shares of the epochs after which a probe at the lowest level may pause, to be continued if it looks promising; without a number probes never pause')
     p.add_argument('--promote', type=float, default=0.5, help='share of configs that goes on to the next level; 1 keeps all')
     p.add_argument('--epochs', type=int, default=10, help='epochs of every training')
     p.add_argument('--seed', type=int, default=0, help='of the split, the subsets, the weights, the noise and the design')
@@ -217,7 +217,12 @@ def main(
 ) -> int: # Exit code
     "The console command"
     args = parser().parse_args(argv)
-    try: args.command(args)
+    try:
+        args.command(args)
+        sys.stdout.flush()
+    except BrokenPipeError: # whoever reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # for what Python flushes at its exit
+        return 1
     except InputError as e:
         print(f'llprobe: {e}', file=sys.stderr)
         return 2

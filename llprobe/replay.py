@@ -275,7 +275,7 @@ def search_ladder(
     "The rungs of an adaptive search on a table"
     n_levels, n_epochs = table.score.shape[1:]
     pauses = sorted({int(np.abs(table.epochs-e).argmin()) for e in pause_epochs(table.epochs[-1])})
-    if n_levels > 1: return [*((level, e) for level in range(n_levels-1) for e in pauses), (n_levels-1, n_epochs-1)]
+    if n_levels > 1: return [*((0, e) for e in pauses), *((level, n_epochs-1) for level in range(1, n_levels))]
     epochs = [2]
     while epochs[-1] < table.epochs[-1]: epochs.append(max(epochs[-1]+1, round(1.5*epochs[-1])))
     return [(0, e) for e in sorted({int(np.abs(table.epochs-e).argmin()) for e in epochs})]

@@ -106,8 +106,9 @@ def _facts(study: StudyReader) -> list[tuple[str, str]]:
 
 # %% ../nbs/80_report.ipynb #80report00b
 def _order(study: StudyReader) -> list[str]: # config_ids
-    "All configs, best prediction first, those not probed last"
-    return list(dict.fromkeys([*study.ranking().index, *study.configs]))
+    "All configs: best prediction first, then the paused by what was seen, those not probed last"
+    paused = sorted((r for r in study.probes if r['status'] == 'paused'), key=lambda r: (-r['level'], -r['val_score']))
+    return list(dict.fromkeys([*study.ranking().index, *(r['config_id'] for r in paused), *study.configs]))
 
 def _config_rows(study: StudyReader) -> tuple[list[str], list[list[_Cell]], int|None]: # Columns, rows, position of the best
     "The table of all configs, in their order"

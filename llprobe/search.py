@@ -143,13 +143,14 @@ class BudgetSearch(Search):
         epochs: Sequence[int] = (1,), # After which a training may pause; the last is its end
         validation: float = 0.0, # Cost of each whole training's curve, in full trainings
         overhead: float = 0.0, # Cost of what each probe pays once, at its end
+        final: float = 1.0, # Cost of the full training
         **options: Any, # Of `adaptive.AdaptiveSearch`
     ):
         super().__init__(space, configs, metamodel, levels, 1.0, data_features)
         ladder = make_ladder(self.levels, epochs, validation, overhead)
         self.budget, self.last_stage, self.n_epochs, dearest = budget, 'after the budget', max(epochs), ladder[-1].cost
-        if budget < 1+dearest: raise InputError(f'budget must be at least {1+dearest:.3g}, for one probe at level {max(self.levels):g} and the full training, got {budget:g}')
-        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-1, **options)
+        if budget < final+dearest: raise InputError(f'budget must be at least {final+dearest:.3g}, for one probe at level {max(self.levels):g} and the full training, got {budget:g}')
+        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-final, **options)
 
     def rung_sizes(self) -> list[int]: # Empty: it depends on what is found
         "Nothing is planned ahead"

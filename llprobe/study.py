@@ -48,7 +48,7 @@ class StudySettings:
     budget: float|None = None # In full trainings, the last one included: search within it (`search.BudgetSearch`) in place of successive levels
     pool: int = 512          # Candidates of a search within a budget, or of a warm start
     choose_levels: bool = False # Within a budget: let a pilot choose the level that configs begin at?
-    pauses: tuple[float, ...] = (0.33, 0.67) # Within a budget: shares of the epochs after which a probe may pause, to be continued if it is promising; not with a training of one's own
+    pauses: tuple[float, ...] = (0.33, 0.67) # Within a budget: shares of the epochs after which a probe at the lowest level may pause, to be continued if it is promising; not with a training of one's own
     population: str|None = None # One of `population.METHODS`; None is 'auto' on a GPU, and 'alone' on a CPU, where a resumed study then has the bits of an uninterrupted one
 
     warm_start: tuple[str|Path|dict[str, str], ...] = () # Folders of other studies to learn from; of an opened study what names them, such as their data sets
@@ -185,14 +185,14 @@ def _candidates(space: SearchSpace, settings: StudySettings) -> list[dict]:
     if settings.budget is None: return space.sample(settings.n_configs, settings.seed, settings.design)
     return space.sample(space.count(settings.pool), settings.seed, settings.design)
 
-def _overheads(split: Split, settings: StudySettings) -> tuple[float, float]: # In full trainings: along the epochs, and at the end
-    "What a probe costs besides its training: validation, and the responses"
+def _overheads(split: Split, settings: StudySettings) -> tuple[float, float, float]: # In full trainings: along a probe's epochs, at its end, and the whole of the full training
+    "What is paid besides the probes' training: validation, and the responses"
     s = settings.probe
     curve = s.train.n_epochs*min(s.train.n_curve_samples, len(split.val))
     samples = sum(min(s.n_response_samples, round(n)) for n in (len(split.val), max(settings.levels)*len(split.train)))
     responses = samples*(1+len(s.radii)*s.n_directions+4*len(s.sam_radii))
     full = FORWARDS_PER_TRAIN_SAMPLE*len(split.train)*s.train.n_epochs
-    return curve/full, (len(split.val)+responses)/full
+    return curve/full, (len(split.val)+responses)/full, 1+(curve+len(split.val))/full
 
 def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], split: Split, features: dict[str, float], start: WarmStart|None) -> Search:
     "Within the budget, or by successive levels"
@@ -263,7 +263,7 @@ def _fte(study: Study, records: Iterable[dict]) -> float:
 def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For the bar's `show`; probes that run side by side, if that is known
     "How far the probes are, and how fast they go by their own clocks"
     records, sizes, levels = [r for r in study.search.records.values() if r['purpose'] == 'probe'], study.search.rung_sizes(), study.settings.levels
-    spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), sum(_overheads(study.split, study.settings))
+    spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), sum(_overheads(study.split, study.settings)[:2])
     left = sum((size-done[level])*(level+overhead) for level, size in zip(levels, sizes))
     planned = spent+left if sizes else max(spent, study.settings.budget-1)
     scores = [r['val_score'] for r in records if r['status'] == 'ok']

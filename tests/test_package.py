@@ -38,3 +38,11 @@ def test_it_runs_from_another_folder(unpacked, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path/'runs'/'study'/'result.json').exists()
     assert (tmp_path/'runs'/'study'/'report'/'assets'/'llprobe.css').exists()  # the wheel holds what the site is made from
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    process = subprocess.Popen([sys.executable, '-m', 'llprobe.cli', 'datasets'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ''
+    process.stderr.close()
+    assert process.wait() == 1

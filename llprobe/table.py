@@ -4,25 +4,28 @@
 
 # %% ../nbs/63_table.ipynb #63table003
 from __future__ import annotations
-import itertools, json, re
+import functools, itertools, json, re
 from pathlib import Path
 from typing import Any, Sequence
 import numpy as np, pandas as pd
+from .adaptive import pause_epochs
 from .core import InputError, atomic_path, plain, write_json
 from .data import Dataset, cached_file, from_arrays, load_dataset
 from .execution import Workers
+from .metamodel import PowerLawModel
 from .population import default_workers, probe_population
-from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask
+from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, full_training_equivalents
 from .progress import progress_bar
 from .replay import ReplayTable
 from .sampler import sample_level
+from .search import BudgetSearch, Trial
 from .space import SearchSpace, config_id
 from .store import open_store
 from .study import StudySettings, finished_record, hardware, versions
 
 # %% auto #0
 __all__ = ['table_dataset', 'probe_table', 'write_table', 'read_table', 'table_records', 'replay_table', 'card_space',
-           'card_settings', 'card_dataset', 'validation_size']
+           'card_settings', 'card_dataset', 'validation_size', 'replay_study']
 
 # %% ../nbs/63_table.ipynb #63table005
 def _mnist5k() -> Dataset:
@@ -182,3 +185,42 @@ def validation_size(
     if card['metric'] != 'accuracy': return round(frames['probes']['n_samples'].max()*fraction/(1-fraction))
     scores = frames['probes']['val_score'].to_numpy(float)
     return next(n for n in itertools.count(1) if np.abs(scores*n-np.round(scores*n)).max() < 1e-3) # all are fractions of that many
+
+# %% ../nbs/63_table.ipynb #63tablen01
+@functools.lru_cache(maxsize=8)
+def _by_trial(folder: Path, seed: int) -> tuple[dict[tuple[str, float], dict], dict, int]: # Records, the card, validation samples
+    "A seed's records by config and level"
+    frames, card = read_table(folder)
+    return {(r['config_id'], r['level']): r for r in table_records(folder) if r['seed'] == seed}, card, validation_size(frames, card)
+
+def _paused(record: dict, epochs: int|None, n_curve: int) -> dict:
+    "What a whole probe's record was after some epochs"
+    if not epochs or epochs >= record['n_epochs'] or epochs > len(record['curve']): return record
+    return record | dict(status='paused', curve=record['curve'][:epochs], responses=[], val_score=record['curve'][epochs-1]['val_score'],
+                         train_samples=record['train_samples']*epochs/record['n_epochs'], forward_samples=n_curve*epochs)
+
+def replay_study(
+    folder: str|Path, # From `write_table`
+    seed: int, # One of the table's
+    budget: float, # In full trainings
+    search_seed: int = 0, # Of the search, and of the order of its pool
+    pauses: Sequence[float] = (0.33, 0.67), # As of `StudySettings`
+) -> dict[str, float]: # score: validation score in full of the config chosen; best: of the table; n_configs: tried; fte: what it cost
+    "What `run_study` would have made of a table's configs"
+    records, card, n_val = _by_trial(Path(folder), seed)
+    full = [r for (_, level), r in records.items() if level == 1]
+    n_epochs, n_train, n_curve = full[0]['n_epochs'], full[0]['n_samples'], min(card['settings']['train']['n_curve_samples'], n_val)
+    samples = FORWARDS_PER_TRAIN_SAMPLE*n_train
+    after = np.mean([r['forward_samples']-n_curve*n_epochs for (_, level), r in records.items() if level < 1 and r['status'] == 'ok'])
+    pool = [card['configs'][i] for i in np.random.default_rng(search_seed).permutation(len(card['configs']))]
+    search = BudgetSearch(card_space(card), pool, PowerLawModel(n_val, card['chance']), budget, card['levels'][:-1], None, pause_epochs(n_epochs, pauses),
+                          n_curve/samples, after/samples/n_epochs, 1+(n_curve+n_val/n_epochs)/samples, seed=search_seed, lag=4, floor=card['chance'])
+    def look_up(trial: Trial) -> dict:
+        record = records[config_id(trial.config), trial.level]
+        if trial.purpose == 'final': return record | dict(purpose='final', responses=[], forward_samples=n_curve*n_epochs+n_val)
+        return _paused(record, trial.epochs, n_curve)
+    while trials := search.ask():
+        for trial in trials: search.tell(look_up(trial))
+    def reached(record: dict) -> float: return record['val_score'] if record['status'] == 'ok' else card['chance']
+    return dict(score=reached(search.records[search.best, 1.0, 'final']), best=max(map(reached, full)), n_configs=len({config for config, *_ in search.records}),
+                fte=full_training_equivalents(search.records.values(), n_train, n_epochs))

@@ -58,6 +58,14 @@ def finished(out: Path) -> dict[int, str]:
         engine.dispose()
 
 
+def records(out: Path) -> dict[tuple, dict]:
+    "The probes by what identifies them, without their seconds"
+    with open_store(out/'study.db', create=False, read_only=True) as store:
+        (name,) = store.studies()['name']
+        probes = store.probes(name)
+    return {(r['config_id'], r['level'], r['purpose']): r | dict(seconds=0, curve=[row | dict(seconds=0) for row in r['curve']]) for r in probes}
+
+
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp('study')/'uninterrupted'
@@ -115,6 +123,24 @@ def test_killed_and_resumed_is_as_uninterrupted(uninterrupted, tmp_path, kill_af
     assert {i: after[i] for i in before} == before, 'a finished probe was done again'
     assert len(after) == 8+4+1
     assert result(out) == result(uninterrupted)
+
+
+def test_a_search_with_pauses_killed_twice_is_as_uninterrupted(tmp_path):
+    within = ['--dataset', 'digits', '--levels', '0.1', '0.3', '--budget', '3', '--epochs', '6', '--quiet', '--jobs', '2']
+    whole, killed = tmp_path/'whole', tmp_path/'killed'
+    assert run(whole, arguments=within).returncode == 0
+    for kill_after in (3, 12):
+        driver = subprocess.Popen([*LLPROBE, 'run', *within, '--out', str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        end = time.monotonic()+120
+        while len(finished(killed)) < kill_after and driver.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        assert kill_after <= len(finished(killed)) and not (killed/'result.json').exists()
+    assert list((killed/'paused').glob('*.safetensors'))
+    assert run(killed, arguments=within).returncode == 0
+    assert records(killed) == records(whole) and {r['status'] for r in records(whole).values()} >= {'ok', 'paused'}
+    assert result(killed) == result(whole) and not (killed/'paused').exists()
 
 
 def test_a_full_training_killed_half_way_goes_on_from_its_last_epoch(tmp_path):

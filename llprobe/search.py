@@ -161,7 +161,7 @@ class BudgetSearch(Search):
         configs = list(self.configs.values())
         while steps := self.adaptive.ask():
             rungs = [self.adaptive.ladder[s.rung] for s in steps]
-            trials = [Trial(configs[s.candidate], rung.level, 'probe', rung.epochs if self.n_epochs > 1 else None) for s, rung in zip(steps, rungs)]
+            trials = [Trial(configs[s.candidate], rung.level, 'probe', rung.epochs if self.n_epochs > 1 and rung.level == self.levels[0] else None) for s, rung in zip(steps, rungs)]
             known = {s.number: score for s, t in zip(steps, trials) if (score := self._score(t)) is not None}
             if not known: return trials
             for number, score in known.items(): self.adaptive.tell(number, score)

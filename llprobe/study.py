@@ -4,7 +4,7 @@
 
 # %% ../nbs/61_study.ipynb #61study003
 from __future__ import annotations
-import contextlib, errno, functools, importlib.metadata, platform, shutil, sys, tempfile, warnings
+import contextlib, errno, functools, importlib.metadata, json, platform, shutil, sys, tempfile, warnings
 from collections import Counter
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +24,6 @@ from .optimization import DEFAULTS, resolve_config
 from .population import METHODS, default_workers, probe_population
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, ended, full_training_equivalents, load_split, run_probe, task_indices
 from .progress import between_bars, progress_bar
-from .reader import read_result
 from .search import BudgetSearch, Search, Trial, check_levels
 from .space import SearchSpace, config_id, default_space
 from .store import Store, open_store
@@ -266,7 +265,7 @@ def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For t
     spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), sum(_overheads(study.split, study.settings)[:2])
     left = sum((size-done[level])*(level+overhead) for level, size in zip(levels, sizes))
     planned = spent+left if sizes else max(spent, study.settings.budget-1)
-    scores = [r['val_score'] for r in records if r['status'] == 'ok']
+    scores = [r['val_score'] for r in records if r['status'] in ('ok', 'paused')]
     best = [f'best {show_score(max(scores), study.split.dataset.metric, 1)}'] if scores else []
     seconds = sum(r['seconds'] for r in records)
     return dict(n=spent, total=planned, rate=at_once*spent/seconds if at_once and seconds else None, facts=', '.join([*best, f'{spent:.3g} of {planned:.3g} FTE']),
@@ -427,8 +426,8 @@ def _cost(study: Study) -> dict[str, Any]:
     fte = {purpose: _fte(study, rows) for purpose, rows in parts.items()}
     seconds = {purpose: sum(r['seconds'] for r in rows) for purpose, rows in parts.items()}
     seconds['metamodel'] = study.search.metamodel_seconds
-    with contextlib.suppress(InputError, KeyError): # run again, a finished study keeps what was measured first
-        earlier = read_result(study.out)['cost']['seconds']
+    with contextlib.suppress(OSError, ValueError, KeyError): # run again, a finished study keeps what was measured first
+        earlier = json.loads((study.out/'result.json').read_text())['cost']['seconds']
         if earlier['final'] == seconds['final']: seconds['metamodel'] = earlier['metamodel']
     fte['metamodel'] = seconds['metamodel']*fte['probe']/max(seconds['probe'], 1e-9)
     return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(_n_tried(study))),

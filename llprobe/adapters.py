@@ -11,8 +11,7 @@ from ConfigSpace.hyperparameters import Hyperparameter, UniformFloatHyperparamet
 from .core import InputError
 from .peers import _need
 from .space import SearchSpace, _choices
-from .store import Store
-from .tracking import _study_key
+from .store import Store, study_key
 
 # %% auto #0
 __all__ = ['to_optuna']
@@ -72,7 +71,7 @@ def to_optuna(
     predicted = dict(predictions[predictions['level'] == 1][['config_id', 'mean']].itertuples(index=False)) # the last one stays
     unit = _steps_per_full({*row['settings'].get('levels', ()), *(r['level'] for records in found.values() for r in records)}) # also for levels to come
     trials = [_trial(optuna, space, records, predicted.get(c), unit) for c, records in found.items()]
-    exported = _open(optuna, row['name'], storage, _study_key(row))
+    exported = _open(optuna, row['name'], storage, study_key(row))
     for name, value in dict(dataset=row['dataset'], metric=row['metric'], steps_per_full_training=unit).items(): exported.set_user_attr(name, value)
     def identity(trial: Any) -> tuple: return tuple(trial.user_attrs.get(name) for name in (*_IDENTITY, 'status')) # a paused one may have gone on
     known = set(map(identity, exported.trials))

@@ -17,7 +17,7 @@ from .core import InputError, derive_seed, digest, plain
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'STATUSES', 'PURPOSES', 'METADATA', 'SCHEMA', 'DRIVER', 'STUDY', 'CONFIG', 'PROBE', 'PREDICTION',
-           'CURVE', 'RESPONSE', 'Store', 'open_store']
+           'CURVE', 'RESPONSE', 'Store', 'open_store', 'study_key']
 
 # %% ../nbs/41_store.ipynb #41store005
 class _Json(sa.TypeDecorator):
@@ -288,6 +288,12 @@ def study(self: Store, study: int|str) -> dict[str, Any]: # Its row. Raises `Inp
 
 @patch_to(Store)
 def _id(self: Store, study: int|str) -> int: return self.study(study)['id']
+
+def study_key(
+    row: dict[str, Any], # From `Store.study`
+) -> str: # 16 hexadecimal digits
+    "What a study is known by elsewhere: one begun anew under an old name is another"
+    return digest([row[name] for name in ('name', 'created_at', 'settings_digest')])
 
 # %% ../nbs/41_store.ipynb #41store027
 @patch_to(Store)

@@ -11,7 +11,7 @@ from typing import Any, Iterable, Iterator, Protocol
 from fastcore.basics import patch
 from .core import InputError, atomic_path, digest, name_scores
 from .probe import ended, full_training_equivalents
-from .store import Store, _text, open_store
+from .store import Store, _text, open_store, study_key
 
 # %% auto #0
 __all__ = ['Tracker', 'MLflowTracker', 'TensorBoardTracker', 'log_study', 'open_tracker']
@@ -39,10 +39,6 @@ class _Run:
     metrics: dict[str, float]    # What came out
     curve: list[dict[str, float]] # Metrics of each epoch
     tags: dict[str, str]
-
-def _study_key(row: dict[str, Any]) -> str: # Of a row of `Store.study`
-    "A study begun anew under an old name is another study"
-    return digest([row[name] for name in ('name', 'created_at', 'settings_digest')])
 
 def _cost(row: dict[str, Any], record: dict[str, Any]) -> float: # In full-training equivalents
     "What a probe cost; the size of the training part is among the data's features, or follows from the level"
@@ -84,7 +80,7 @@ def _run(store: Store, row: dict[str, Any], record: dict[str, Any]) -> _Run:
     tags = dict(status=record['status'], purpose=record['purpose'], study=row['name'], config_id=record['config_id'])
     if record.get('error'): tags['error'] = record['error']
     name = '{purpose}-level{level}-{config_id}-seed{seed}'.format(**identity)
-    return _Run(digest([_study_key(row), identity]), name, parameters, _metrics(row, record, predicted), curve, tags)
+    return _Run(digest([study_key(row), identity]), name, parameters, _metrics(row, record, predicted), curve, tags)
 
 # %% ../nbs/67_tracking.ipynb #67tracking00f
 def _mlflow() -> Any: # Its package
@@ -118,7 +114,7 @@ class MLflowTracker:
     def begin(self, store: Store, study: str) -> None:
         "Find the study's runs, or make the parent of those to come"
         self.store, self.row, self.parent = store, store.study(study), None
-        self.key = _study_key(self.row)
+        self.key = study_key(self.row)
         with _quiet():
             try: self.runs = self._open()
             except Exception as e:
@@ -216,7 +212,7 @@ class TensorBoardTracker:
     def begin(self, store: Store, study: str) -> None:
         "Make the study's folder"
         self.store, self.row = store, store.study(study)
-        self.study = self.folder/f'{_safe(study)}-{_study_key(self.row)[:8]}'
+        self.study = self.folder/f'{_safe(study)}-{study_key(self.row)[:8]}'
         try: self.study.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise InputError(f'{self.folder} cannot be written ({e.strerror}): choose another folder') from e
 

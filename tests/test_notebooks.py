@@ -1,6 +1,7 @@
 "The committed package, notebooks and README are exactly what the tools make of the notebooks."
 import filecmp
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,3 +43,9 @@ def test_notebooks_are_clean(remade):
 
 def test_readme_is_what_the_index_notebook_says():
     subprocess.run([sys.executable, ROOT/'tests'/'readme.py', '--check'], check=True)
+
+
+def test_a_module_imports_earlier_ones_only():
+    order = {re.sub(r'^\d+[a-z]?_', '', path.stem): i for i, path in enumerate(sorted((ROOT/'nbs').glob('[0-9]*.ipynb')))}
+    imports = {(name, used) for name in order for used in re.findall(r'^from \.(\w+) import', (ROOT/'llprobe'/f'{name}.py').read_text(), re.MULTILINE)}
+    assert len(imports) > 100 and not [pair for pair in imports if order[pair[1]] >= order[pair[0]]]

@@ -20,7 +20,7 @@ def studies(tmp_path_factory):
     "A folder with a small study of digits"
     folder = tmp_path_factory.mktemp('studies')
     settings = StudySettings(levels=(0.1, 0.2), n_configs=8, probe=ProbeSettings(train=TrainSettings(n_epochs=4)))
-    run_study('digits', folder/'<b>small', settings=settings, n_workers=2, progress=False)
+    run_study('digits', folder/'<b>small', settings=settings, name='<b>digits', n_workers=2, progress=False)
     return folder
 
 def wait(driver, condition, seconds=120): return WebDriverWait(driver, seconds, ignored_exceptions=[Exception]).until(condition)
@@ -43,7 +43,7 @@ def press(driver, name, key, changed):
 def drive(driver):
     "Every section follows its controls"
     wait(driver, lambda d: 'first picture after' in text(d, 'landscape') and drawn(d, 'the loss around') >= 4)
-    assert '<b>small' in driver.find_element(By.CSS_SELECTOR, '.widget-dropdown select').text # as text, not as bold face
+    assert '<b>digits' in driver.find_element(By.CSS_SELECTOR, '.widget-dropdown select').text # as text, not as bold face
     before, said = drawn(driver, 'the loss around'), text(driver, 'landscape')
     press(driver, 'radius', Keys.ARROW_RIGHT, lambda: drawn(driver, 'the loss around') > before and text(driver, 'landscape') != said)
     said, before = text(driver, 'what-if'), drawn(driver, 'predicted score along')

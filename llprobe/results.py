@@ -49,7 +49,7 @@ def summary_rows(
     "The answer in a few lines"
     fte, seconds, metric, predicted = result['cost']['fte'], result['cost']['seconds'], result['metric'], result['predicted']
     (val, test), name, show = (score_key(part, metric) for part in ('val', 'test')), METRICS[metric], functools.partial(show_score, metric=metric)
-    vague = ', too wide to tell it from half of the configs' if is_vague(predicted[val], predicted['std'], [p['predicted'] for p in result['predictions']]) else ''
+    vague = f', too wide to tell it from half of the {len(result["predictions"])} predicted' if is_vague(predicted[val], predicted['std'], [p['predicted'] for p in result['predictions']]) else ''
     return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])}{vague}'),
             (f'reached validation {name}', show(result['reached'][val])), (f'reached test {name}', show(result['reached'][test])),
             ('cost of the search', f'{fte["probe"]+fte["metamodel"]:.2f} FTE'), ('cost with the full training', f'{fte["total"]:.2f} FTE'),

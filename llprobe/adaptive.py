@@ -158,8 +158,9 @@ def ask(self: AdaptiveSearch) -> list[Step]: # Empty when the search has finishe
         told = next((k for k in range(len(self.steps)) if k not in self.results), len(self.steps))
         if len(self.steps)-told >= self.lag: break
         with one_thread(): step = self._decide(len(self.steps))
-        if step is None: self.finished = True
-        else: self.steps.append(step)
+        if step is not None: self.steps.append(step)
+        elif told < len(self.steps): break # what runs may show more
+        else: self.finished = True
     waiting: dict[int, Step] = {}
     for s in self.steps:
         if s.number not in self.results: waiting.setdefault(s.candidate, s)
@@ -264,7 +265,8 @@ def _affordable(self: AdaptiveSearch, k: int, candidate: int, rung: int, reached
 @patch
 def _last(self: AdaptiveSearch, k: int) -> Step|None:
     "Bring the candidate predicted to be best to the top, unless it is there or the budget does not allow it"
-    top, n_known = len(self.ladder)-1, max(0, k-self.lag+1)
+    top, n_known = len(self.ladder)-1, k-self.lag+1 if k >= self.lag else k # so few that all can be waited for
+    if k < self.lag and len(self.results) < k: return None
     table = self.standing(n_known).dropna()
     if not self.steps and self.ladder[top].cost <= self.budget+1e-9: return Step(k, self.order[0], top, -1) # the budget is for one training only
     if not len(table): return None

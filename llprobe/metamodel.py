@@ -157,5 +157,5 @@ def is_vague(
     std: float, # Its deviation
     means: Sequence[float], # Predicted for all configs
 ) -> bool:
-    "Is a prediction too uncertain to tell the best config from half of all?"
-    return bool(mean-std < np.nanmedian(means))
+    "Is a prediction too uncertain to tell the best config from half of all? Of fewer than four configs nothing is said"
+    return len(means) > 3 and bool(mean-std < np.nanmedian(means))

@@ -142,7 +142,7 @@ def status(args: argparse.Namespace) -> None:
         frame, metric = store.probe_frame(name), store.study(name)['metric']
         print(f'{name}: {len(store.configs(name))} configs, {"finished" if (frame["purpose"] == "final").any() else "not finished"}')
         if not len(frame): continue
-        table = frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()),
+        table = frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()), paused=('status', lambda s: (s == 'paused').sum()),
                                                         best=('val_score', 'max'), seconds=('seconds', 'sum'))
         table['best'] = [show_score(score, metric) for score in table['best']]
         print(table.rename(columns=dict(best=f'best {METRICS[metric]}')).round(1).to_string())

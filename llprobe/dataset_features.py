@@ -35,7 +35,7 @@ def _landmarks(z: np.ndarray, y: np.ndarray, is_fitted: np.ndarray) -> dict[str,
                   landmark_lda=LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto'))
     accuracy = dict.fromkeys(models, float((y[~is_fitted] == np.bincount(y).argmax()).mean()))
     for name, model in models.items():
-        with warnings.catch_warnings(), contextlib.suppress(ValueError):
+        with warnings.catch_warnings(), contextlib.suppress(ValueError, IndexError): # too few samples to fit
             warnings.simplefilter('ignore')
             accuracy[name] = float(model.fit(z[is_fitted], y[is_fitted]).score(z[~is_fitted], y[~is_fitted]))
     return accuracy

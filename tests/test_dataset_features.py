@@ -3,13 +3,14 @@ import math
 import hypothesis.strategies as st
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from llprobe.core import InputError
 from llprobe.data import Split, from_arrays, load_dataset, split_dataset
 from llprobe.dataset_features import data_features
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.integers(1, 4), st.sampled_from([(1,), (7,), (1, 1, 1), (3, 5, 4), (1, 20, 20)]), st.booleans())
+@example(0, 2, 3, (1,), False) # its fitted half has one class
 def test_finite_and_deterministic(seed, n_classes, n_each, shape, is_constant):
     y = np.repeat(np.arange(n_classes), n_each+1)
     x = np.random.default_rng(seed).random((len(y), *shape))*(not is_constant)

@@ -31,7 +31,7 @@ def _steps_per_full(levels: set[float]) -> int: # 100, 1000 … a million
     return next((unit for unit in units if all(abs(level*unit-round(level*unit)) < 1e-6 for level in levels)), 10**6)
 
 # %% ../nbs/66_adapters.ipynb #66adapters00b
-_IDENTITY = 'config_id', 'level', 'purpose' # User attributes by which a trial is known again
+_IDENTITY = 'config_id', 'level', 'purpose', 'status' # User attributes by which a trial is known again; a paused one may have gone on
 
 def _trial(optuna: Any, space: SearchSpace, records: list[dict], predicted: float|None, unit: int) -> Any: # An `optuna.trial.FrozenTrial`
     "All records of one config"
@@ -41,7 +41,7 @@ def _trial(optuna: Any, space: SearchSpace, records: list[dict], predicted: floa
     value = list(scores.values())[-1]
     failed = last['status'] == 'crashed' or math.isnan(value)
     state = states.FAIL if failed else states.PRUNED if last['status'] == 'paused' else states.COMPLETE
-    attributes = {name: last[name] for name in (*_IDENTITY, 'status')}
+    attributes = {name: last[name] for name in _IDENTITY}
     if predicted is not None and math.isfinite(predicted): attributes['predicted'] = predicted
     return optuna.trial.create_trial(state=state, value=None if failed else value, params=config,
         distributions={name: _distribution(optuna, space.configspace[name]) for name in config}, intermediate_values=scores, user_attrs=attributes)
@@ -73,7 +73,7 @@ def to_optuna(
     trials = [_trial(optuna, space, records, predicted.get(c), unit) for c, records in found.items()]
     exported = _open(optuna, row['name'], storage, study_key(row))
     for name, value in dict(dataset=row['dataset'], metric=row['metric'], steps_per_full_training=unit).items(): exported.set_user_attr(name, value)
-    def identity(trial: Any) -> tuple: return tuple(trial.user_attrs.get(name) for name in (*_IDENTITY, 'status')) # a paused one may have gone on
+    def identity(trial: Any) -> tuple: return tuple(trial.user_attrs.get(name) for name in _IDENTITY)
     known = set(map(identity, exported.trials))
     new = [trial for trial in trials if identity(trial) not in known]
     exported.add_trials(new)

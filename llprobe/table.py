@@ -132,6 +132,9 @@ def table_records(
     return [record(row) for row in frames['probes'].to_dict('records')]
 
 # %% ../nbs/63_table.ipynb #63table00d
+def _check_seed(folder: str|Path, seed: int, card: dict[str, Any]) -> None:
+    if seed not in card['seeds']: raise InputError(f'{folder} has no seed {seed}: choose from {", ".join(map(str, card["seeds"]))}')
+
 def replay_table(
     folder: str|Path, # From `write_table`
     seed: int, # One of the table's
@@ -140,7 +143,7 @@ def replay_table(
     "The scores and costs of one seed"
     frames, card = read_table(folder)
     probes, curves = (frames[name][frames[name]['seed'] == seed] for name in ('probes', 'curves'))
-    if not len(probes): raise InputError(f'{folder} has no seed {seed}: choose from {", ".join(map(str, card["seeds"]))}')
+    _check_seed(folder, seed, card)
     space = card_space(card)
     ids, levels, epochs = [config_id(c) for c in card['configs']], card['levels'], np.arange(1, int(probes['n_epochs'].max())+1)
     grid, shape = pd.MultiIndex.from_product([ids, levels]), (len(ids), len(levels), len(epochs))
@@ -187,11 +190,13 @@ def validation_size(
     return next(n for n in itertools.count(1) if np.abs(scores*n-np.round(scores*n)).max() < 1e-3) # all are fractions of that many
 
 # %% ../nbs/63_table.ipynb #63tablen01
-@functools.lru_cache(maxsize=8)
-def _by_trial(folder: Path, seed: int) -> tuple[dict[tuple[str, float], dict], dict, int]: # Records, the card, validation samples
-    "A seed's records by config and level"
+@functools.lru_cache(maxsize=4)
+def _by_trial(folder: Path) -> tuple[dict[int, dict[tuple[str, float], dict]], dict, int]: # Records, the card, validation samples
+    "A table's records by seed, then by config and level, kept in this process"
     frames, card = read_table(folder)
-    return {(r['config_id'], r['level']): r for r in table_records(folder) if r['seed'] == seed}, card, validation_size(frames, card)
+    records: dict[int, dict[tuple[str, float], dict]] = {}
+    for r in table_records(folder): records.setdefault(r['seed'], {})[r['config_id'], r['level']] = r
+    return records, card, validation_size(frames, card)
 
 def _paused(record: dict, epochs: int|None, n_curve: int) -> dict:
     "What a whole probe's record was after some epochs"
@@ -207,7 +212,9 @@ def replay_study(
     pauses: Sequence[float] = (0.33, 0.67), # As of `StudySettings`
 ) -> dict[str, float]: # score: validation score in full of the config chosen; best: of the table; n_configs: tried; fte: what it cost
     "What `run_study` would have made of a table's configs"
-    records, card, n_val = _by_trial(Path(folder), seed)
+    every, card, n_val = _by_trial(Path(folder))
+    _check_seed(folder, seed, card)
+    records = every[seed]
     full = [r for (_, level), r in records.items() if level == 1]
     n_epochs, n_train, n_curve = full[0]['n_epochs'], full[0]['n_samples'], min(card['settings']['train']['n_curve_samples'], n_val)
     samples = FORWARDS_PER_TRAIN_SAMPLE*n_train

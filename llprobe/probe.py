@@ -56,10 +56,11 @@ class ProbeTask:
     config: dict              # Hyper-parameters
     level: float              # Fraction of the training part, in (0, 1]
     seed: int = 0             # The study's seed
-    purpose: str = 'probe'    # 'probe', or 'final' for the full training that is tested once
+    purpose: str = 'probe'    # 'probe', or 'final' for a full training
     settings: ProbeSettings = ProbeSettings()
     checkpoint: str|None = None # File that the training is continued from, if it exists, and kept in
     pause: int|None = None    # Epochs after which the training stops for now, in the checkpoint; of llprobe's own loop only
+    test: bool = True         # Of a final one: look at the test part, and keep the weights?
 
 # %% ../nbs/40_probe.ipynb #40probe007
 @functools.lru_cache(maxsize=4)
@@ -143,10 +144,10 @@ def _finish(task: ProbeTask, model: torch.nn.Module, result: TrainResult) -> dic
     start, dataset = time.perf_counter(), task_split(task).dataset
     record = dict(_head(task, len(task_indices(task))), status=result.status, val_score=result.val_score, val_loss=result.val_loss,
                   train_samples=result.train_samples, forward_samples=float(result.forward_samples), curve=result.curve)
-    if task.purpose == 'final':
+    if task.purpose == 'final' and task.test:
         test = _test(task, model) if result.status == 'ok' else dict(test_score=dataset.chance_score, test_loss=math.nan)
         record |= dict(test, weights=pack_weights(model))
-    elif result.status == 'ok':
+    elif result.status == 'ok' and task.purpose == 'probe':
         record['responses'], cost = _responses(task, model)
         record['forward_samples'] += cost
     return record | dict(seconds=result.seconds+time.perf_counter()-start)

@@ -25,8 +25,9 @@ class Trial:
     "Something to run"
     config: dict        # Hyper-parameters
     level: float        # In (0, 1]
-    purpose: str        # 'probe', or 'final' for the full training of the predicted best
+    purpose: str        # 'probe', or 'final' for the full training of a config predicted to be best
     epochs: int|None = None # Where to pause, or end; None for all epochs in one go
+    test: bool = True   # Of a final one: test it, too?
 
     @property
     def key(self) -> tuple[str, float, str]: # What identifies its record
@@ -55,11 +56,13 @@ class Search:
         levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4),
         promote: float = 0.5, # Share of a rung's configs that goes on to the next, in (0, 1]
         data_features: dict[str, float]|None = None, # Passed on to the features
+        n_full: int = 1, # Configs trained in full, the best of which is chosen and tested
     ):
+        if n_full < 1: raise InputError(f'n_full must be at least 1, got {n_full}')
         if not 0 < promote <= 1: raise InputError(f'promote must be in (0, 1], got {promote:g}')
         if len(configs) < 2: raise InputError(f'a search needs at least 2 configs, got {len(configs)}')
         self.space, self.configs, self.metamodel = space, {config_id(c): c for c in configs}, metamodel
-        self.levels, self.promote, self.data_features = check_levels(levels), promote, data_features
+        self.levels, self.promote, self.data_features, self.n_full = check_levels(levels), promote, data_features, n_full
         self.records: dict[tuple[str, float, str], dict] = {}
         self.predictions: dict[str, pd.DataFrame] = {} # By stage, such as 'after level 0.1'
         self.rungs: list[list[str]] = [list(self.configs)] # Config ids at each level reached so far
@@ -113,8 +116,8 @@ def ask(self: Search) -> list[Trial]: # Empty when everything asked for is in, o
     "What may run now"
     while self._advance(): pass
     level = self.levels[len(self.rungs)-1]
+    if _stage(level) in self.predictions: return self._full_trainings()
     trials = [Trial(self.configs[c], level, 'probe') for c in self.rungs[-1]]
-    if _stage(level) in self.predictions: trials = [Trial(self.configs[self.best], 1.0, 'final')]
     return [t for t in trials if t.key not in self.records]
 
 # %% ../nbs/60_search.ipynb #60search00b
@@ -125,10 +128,25 @@ def final_predictions(self: Search) -> pd.DataFrame: # By config_id: mean, std, 
     return self.predictions[self.last_stage]
 
 @patch(as_prop=True)
+def favourites(self: Search) -> list[str]: # Config ids
+    "All configs that have a prediction, the predicted best first"
+    return list(self.final_predictions['mean'].sort_values(ascending=False, kind='stable').index)
+
+@patch(as_prop=True)
 def best(self: Search) -> str: # Its config_id
-    "The config trained in full, or else the one predicted to be best on all of the data"
-    trained = [config for config, _, purpose in self.records if purpose == 'final']
-    return trained[0] if trained else self.final_predictions['mean'].idxmax()
+    "The best of those trained in full by validation, or else the one predicted to be best on all of the data"
+    def reached(config: str) -> tuple[bool, float]: return self.records[config, 1.0, 'final']['status'] == 'ok', self.records[config, 1.0, 'final']['val_score']
+    return max((c for c in self.favourites if (c, 1.0, 'final') in self.records), key=reached, default=self.favourites[0])
+
+@patch
+def _full_trainings(self: Search) -> list[Trial]: # Empty when the best is tested
+    "Train the favourites in full; of several, test the best when all are in"
+    trials = [Trial(self.configs[c], 1.0, 'final', test=self.n_full == 1) for c in self.favourites]
+    missing, n_left = [t for t in trials if t.key not in self.records], self.n_full-sum(t.key in self.records for t in trials)
+    if n_left > 0 and missing: return missing[:n_left]
+    test = Trial(self.configs[self.best], 1.0, 'final')
+    found = self.records[test.key]
+    return [test] if found['status'] != 'crashed' and found['test_score'] is None else []
 
 # %% ../nbs/60_search.ipynb #60search013
 class BudgetSearch(Search):
@@ -137,26 +155,28 @@ class BudgetSearch(Search):
         space: SearchSpace,
         configs: Sequence[dict], # The pool: distinct configs of the space, tried in this order while nothing is known
         metamodel: MetaModel, # `fit` once, when the budget is spent
-        budget: float, # In full trainings, with the last full training
+        budget: float, # In full trainings, with those at the end
         levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4),
         data_features: dict[str, float]|None = None, # Passed on to the features
         epochs: Sequence[int] = (1,), # After which a training may pause; the last is its end
         validation: float = 0.0, # Cost of each whole training's curve, in full trainings
         overhead: float = 0.0, # Cost of what each probe pays once, at its end
-        final: float = 1.0, # Cost of the full training
+        final: float = 1.0, # Cost of each full training
+        n_full: int = 1, # Configs trained in full, the best of which is chosen and tested
         **options: Any, # Of `adaptive.AdaptiveSearch`
     ):
-        super().__init__(space, configs, metamodel, levels, 1.0, data_features)
+        super().__init__(space, configs, metamodel, levels, 1.0, data_features, n_full)
         ladder = make_ladder(self.levels, epochs, validation, overhead)
         self.budget, self.last_stage, self.n_epochs, dearest = budget, 'after the budget', max(epochs), ladder[-1].cost
-        if budget < final+dearest: raise InputError(f'budget must be at least {final+dearest:.3g}, for one probe at level {max(self.levels):g} and the full training, got {budget:g}')
-        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-final, **options)
+        if not budget >= (least := n_full*final+dearest):
+            raise InputError(f'budget must be at least {least:.3g}, for one probe at level {max(self.levels):g} and {"the full training" if n_full == 1 else f"{n_full} full trainings"}, got {budget:g}')
+        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-n_full*final, **options)
 
     def rung_sizes(self) -> list[int]: # Empty: it depends on what is found
         "Nothing is planned ahead"
         return []
 
-    def ask(self) -> list[Trial]: # Empty when the full training is in
+    def ask(self) -> list[Trial]: # Empty when the best is tested
         "What may run now"
         configs = list(self.configs.values())
         while steps := self.adaptive.ask():
@@ -166,7 +186,7 @@ class BudgetSearch(Search):
             if not known: return trials
             for number, score in known.items(): self.adaptive.tell(number, score)
         if self.last_stage not in self.predictions: self._predict(self.last_stage)
-        return [t for t in [Trial(self.configs[self.best], 1.0, 'final')] if t.key not in self.records]
+        return self._full_trainings()
 
     def _score(self, trial: Trial) -> float|None: # NaN for a failure; None if it has not come so far
         "What a trial gave"

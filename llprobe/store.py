@@ -320,12 +320,14 @@ def configs(self: Store, study: int|str) -> list[dict[str, Any]]: # Hyper-parame
     with self._begin() as connection: return list(connection.scalars(query))
 
 # %% ../nbs/41_store.ipynb #41store02a
-def _make_room(connection: sa.Connection, same: list, status: str, n_epochs: int) -> bool: # Whether the probe may be inserted
-    "Delete the record of a probe that was paused and went on"
-    known = connection.execute(sa.select(PROBE.c.id, PROBE.c.status).where(*same)).first()
+def _make_room(connection: sa.Connection, same: list, row: dict, n_epochs: int) -> bool: # Whether the probe may be inserted
+    "Delete the record of a probe that was paused and went on, or of a full training that is tested now"
+    known = connection.execute(sa.select(PROBE.c.id, PROBE.c.status, PROBE.c.purpose, PROBE.c.test_score).where(*same)).first()
     if known is None: return True
     before = connection.scalar(sa.select(sa.func.count()).select_from(CURVE).where(CURVE.c.probe_id == known.id))
-    if known.status != 'paused' or (status == 'paused' and n_epochs <= before): return False
+    went_on = known.status == 'paused' and (row['status'] != 'paused' or n_epochs > before)
+    tested = known.purpose == 'final' and known.status != 'crashed' and known.test_score is None and (row['test_score'] is not None or row['status'] == 'crashed')
+    if not (went_on or tested): return False
     for table, key in ((CURVE, CURVE.c.probe_id), (RESPONSE, RESPONSE.c.probe_id), (PROBE, PROBE.c.id)): connection.execute(sa.delete(table).where(key == known.id))
     return True
 
@@ -334,7 +336,7 @@ def add_probe(
     self: Store,
     study: int|str, # Id or name
     record: dict[str, Any], # The probe's columns, `config`, and the lists `curve` and `responses` of dicts
-) -> bool: # False if the store had this probe (config, level, seed, purpose) already, unless paused after fewer epochs; then the first stays
+) -> bool: # False if the store had this probe (config, level, seed, purpose) already, unless paused after fewer epochs or not tested yet; then the first stays
     "Commit one probe, all or nothing"
     parts = {CURVE: record.get('curve') or [], RESPONSE: record.get('responses') or []}
     head = {key: value for key, value in record.items() if key not in ('config', 'curve', 'responses')}
@@ -344,7 +346,7 @@ def add_probe(
     parts[RESPONSE] = [dict(part, position=n) for n, part in enumerate(parts[RESPONSE])]
     with self._begin(write=True) as connection:
         same = [PROBE.c[key] == row[key] for key in ('study_id', 'config_id', 'level', 'seed', 'purpose')]
-        if not _make_room(connection, same, row['status'], len(parts[CURVE])): return False
+        if not _make_room(connection, same, row, len(parts[CURVE])): return False
         probe_id = connection.execute(sa.insert(PROBE), row).inserted_primary_key[0]
         for table, rows in parts.items():
             if rows: connection.execute(sa.insert(table), [_row(table, probe_id=probe_id, **part) for part in rows])

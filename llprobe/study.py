@@ -49,13 +49,18 @@ class StudySettings:
     choose_levels: bool = False # Within a budget: let a pilot choose the level that configs begin at?
     pauses: tuple[float, ...] = (0.33, 0.67) # Within a budget: shares of the epochs after which a probe at the lowest level may pause, to be continued if it is promising; not with a training of one's own
     population: str|None = None # One of `population.METHODS`; None is 'auto' on a GPU, and 'alone' on a CPU, where a resumed study then has the bits of an uninterrupted one
-
+    n_full: int|None = None # Configs trained in full, of which the best by validation is chosen and tested; by default 1, or a third of the budget
     warm_start: tuple[str|Path|dict[str, str], ...] = () # Folders of other studies to learn from; of an opened study what names them, such as their data sets
 
     @property
     def epochs(self) -> list[int]: # The last is the end
         "After how many epochs a probe may pause, within a budget"
         return pause_epochs(self.probe.train.n_epochs, () if self.probe.training else self.pauses)
+
+    @property
+    def full_trainings(self) -> int: # 1 with a training of one's own: the test needs the model it made
+        "How many configs are trained in full"
+        return self.n_full or (1 if self.budget is None or self.probe.training else max(1, int(self.budget/3)))
 
     def to_dict(self) -> dict[str, Any]: # JSON-ready; the device is left out, since it is the machine's
         "The settings as plain values"
@@ -64,6 +69,8 @@ class StudySettings:
         for name in ('budget', 'pool', 'choose_levels', 'pauses') if self.budget is None else ('n_configs', 'promote'): # without a say
             if name != 'pool' or not self.warm_start: del values[name]
         if self.budget is not None and len(self.epochs) == 1: del values['pauses'] # as in studies from before there was a choice
+        values['n_full'] = self.full_trainings
+        if self.full_trainings == 1: del values['n_full'] # likewise
         if not self.warm_start: del values['warm_start'] # as in studies from before there was a choice
         if self.probe.architecture is not None: values['probe']['architecture'] = architecture_name(self.probe.architecture)
         if self.probe.training is None: del values['probe']['training'] # as in studies from before there was a choice
@@ -97,6 +104,7 @@ def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -
     resolve_device(s.train.device)
     if settings.population not in (None, *METHODS): raise InputError(f'population must be one of {", ".join(METHODS)}, got {settings.population!r}')
     if s.train.n_epochs < 1: raise InputError(f'epochs must be at least 1, got {s.train.n_epochs}')
+    if s.training is not None and settings.full_trainings > 1: raise InputError(f'n_full must be 1 with a training of your own, got {settings.n_full}')
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     if s.training is not None: check_training(s.training, s.train)
     else: _check_configs(s, configs, split.dataset)
@@ -126,24 +134,34 @@ class Study:
 
     @property
     def paused(self) -> Path: # Of checkpoints
-        "Where trainings wait for being continued"
+        "Where probes wait for being continued"
         return self.out/'paused'
+
+    @property
+    def full(self) -> Path: # Of checkpoints
+        "Where full trainings are kept until the best of them is tested"
+        return self.out/'full-trainings'
 
     def task(self, trial: Trial) -> ProbeTask:
         "The probe a trial stands for"
-        checkpoint = str(self.paused/f'{config_id(trial.config)}-{trial.level:g}.safetensors') if trial.epochs else None
-        return ProbeTask(self.data_path, trial.config, trial.level, self.settings.seed, trial.purpose, self.settings.probe, checkpoint, trial.epochs)
+        folder = self.full if trial.purpose == 'final' else self.paused
+        checkpoint = str(folder/f'{config_id(trial.config)}-{trial.level:g}.safetensors') if trial.epochs or trial.purpose == 'final' else None
+        return ProbeTask(self.data_path, trial.config, trial.level, self.settings.seed, trial.purpose, self.settings.probe, checkpoint, trial.epochs, trial.test)
+
+    def lost(self, tasks: Iterable[ProbeTask]) -> set[str]: # Their paths
+        "Checkpoints that there are not: such trainings begin anew"
+        return {t.checkpoint for t in tasks if t.checkpoint and not Path(t.checkpoint).exists()}
 
     def take(self,
         record: dict[str, Any],
-        anew: bool = False, # If it was paused before: did it begin again, for want of its checkpoint?
+        anew: bool = False, # If it was known before: did it begin again, for want of its checkpoint?
     ) -> None:
         "Commit a probe, then tell the search"
         if before := self.search.records.get((record['config_id'], record['level'], record['purpose'])): record = _went_on(before, record, anew)
         self.store.add_configs(self.name, [record['config']]) # of a pool only those that were tried
         self.store.add_probe(self.name, record)
         self.search.tell(record)
-        if ended([record]): self.track('log', record)
+        if ended([record]) and record['purpose'] == 'probe': self.track('log', record)
 
     def track(self, step: str, *arguments: Any) -> None:
         "Tell the trackers; one that fails is left out from then on, and the study goes on"
@@ -157,7 +175,7 @@ class Study:
 
 # %% ../nbs/61_study.ipynb #61studyn00
 def _went_on(before: dict[str, Any], record: dict[str, Any], anew: bool) -> dict[str, Any]:
-    "The record of a probe that was paused: a crash keeps what was seen, and what was trained twice is paid twice"
+    "The record of a training that was paused, or is tested now: a crash keeps what was seen, and what was trained twice is paid twice"
     crashed = record['status'] == 'crashed'
     costs = {name: before[name]+record[name] for name in ('train_samples', 'forward_samples', 'seconds')} if anew or crashed else {}
     return record | costs | (dict(curve=before['curve']) if crashed else {})
@@ -184,7 +202,7 @@ def _candidates(space: SearchSpace, settings: StudySettings) -> list[dict]:
     if settings.budget is None: return space.sample(settings.n_configs, settings.seed, settings.design)
     return space.sample(space.count(settings.pool), settings.seed, settings.design)
 
-def _overheads(split: Split, settings: StudySettings) -> tuple[float, float, float]: # In full trainings: along a probe's epochs, at its end, and the whole of the full training
+def _overheads(split: Split, settings: StudySettings) -> tuple[float, float, float]: # In full trainings: along a probe's epochs, at its end, and the whole of a full training
     "What is paid besides the probes' training: validation, and the responses"
     s = settings.probe
     curve = s.train.n_epochs*min(s.train.n_curve_samples, len(split.val))
@@ -197,9 +215,9 @@ def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], sp
     "Within the budget, or by successive levels"
     n, chance = len(split.val), split.dataset.chance_score
     model = PowerLawModel(n, chance, **(dict(prior=start.prior) if start and start.prior else {}))
-    if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features)
+    if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features, settings.full_trainings)
     return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, settings.epochs, *_overheads(split, settings),
-                        seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
+                        settings.full_trainings, seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
                         sources=np.array(start.predictions) if start and start.predictions else None)
 
 # %% ../nbs/61_study.ipynb #61study011
@@ -264,7 +282,7 @@ def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For t
     records, sizes, levels = [r for r in study.search.records.values() if r['purpose'] == 'probe'], study.search.rung_sizes(), study.settings.levels
     spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), sum(_overheads(study.split, study.settings)[:2])
     left = sum((size-done[level])*(level+overhead) for level, size in zip(levels, sizes))
-    planned = spent+left if sizes else max(spent, study.settings.budget-1)
+    planned = spent+left if sizes else max(spent, study.search.adaptive.budget)
     scores = [r['val_score'] for r in records if r['status'] in ('ok', 'paused')]
     best = [f'best {show_score(max(scores), study.split.dataset.metric, 1)}'] if scores else []
     seconds = sum(r['seconds'] for r in records)
@@ -274,7 +292,7 @@ def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For t
 # %% ../nbs/61_study.ipynb #61studyn01
 def _dear(study: Study) -> str: # Empty if the search is worth it
     "A word before a search that is expected to cost more than what it saves"
-    sizes, planned = study.search.rung_sizes(), 1+_standing(study)['total']
+    sizes, planned = study.search.rung_sizes(), study.settings.full_trainings+_standing(study)['total']
     if not sizes or planned <= sizes[0] or study.store.probes(study.name): return ''
     return (f'expected cost: {planned:.3g} full trainings, more than the {sizes[0]} of training all configs in full, '
             'since validation and responses weigh much beside short trainings: fewer levels, more epochs or a budget make it worth while')
@@ -296,7 +314,7 @@ def _method(settings: StudySettings) -> str:
 def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: Any) -> None:
     "Probe until every trial of a rung is recorded; checkpoints stay with the most promising of the paused"
     tasks = [study.task(t) for t in trials]
-    anew = {t.checkpoint for t in tasks if t.checkpoint and not Path(t.checkpoint).exists()}
+    anew = study.lost(tasks)
     bar.set_description_str(f'level {", ".join(f"{level:g}" for level in sorted({t.level for t in trials}))}')
     at_once = min(workers.n_workers, len(tasks)) if workers.executor is None else None # others may have any size
     for task, result in probe_population(tasks, workers, _method(study.settings)):
@@ -316,33 +334,39 @@ def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) ->
     flops = forward_flops(build_model(s.architecture, config, dataset.input_shape, dataset.n_outputs), dataset.input_shape)
     return n_workers if flops*resolve_config(config, s.train.shared, dataset.task)['batch_size'] >= enough else 1
 
-def _run_final(study: Study, trial: Trial, n_workers: int, executor: Executor|None, progress: bool) -> None:
-    "Train the predicted best on all of the data and test it once"
-    task, function, epochs = study.task(trial), run_probe, study.settings.probe.train.n_epochs
-    checkpoint, spent = study.out/'full-training.safetensors', _fte(study, study.search.records.values())
-    with progress_bar('full training', epochs, 'epochs', show=progress) as bar:
-        if executor is None:
-            threads = _threads(study, task.config, n_workers)
-            train = replace(task.settings.train, n_threads=threads)
-            task = replace(task, checkpoint=str(checkpoint), settings=replace(task.settings, train=train))
-            def on_epoch(row: dict) -> None:
-                score = show_score(row['val_score'], study.split.dataset.metric, 1)
-                bar.show(row['epoch'], f'validation {score}, {spent+row["epoch"]/epochs:.3g} FTE')
-            function = functools.partial(run_probe, on_epoch=on_epoch)
-        [(_, result)] = Workers(1, executor).run(function, [task])
-        if executor is not None: bar.show(epochs) # nobody told
-    record = finished_record(task, result)
+def _full_task(study: Study, trial: Trial, n_threads: int) -> ProbeTask: # With so many threads if its batches are work enough
+    "A full training, or the test of one"
+    task = study.task(trial)
+    return replace(task, settings=replace(task.settings, train=replace(task.settings.train, n_threads=_threads(study, task.config, n_threads))))
+
+def _run_full(study: Study, trials: list[Trial], n_workers: int, executor: Executor|None, progress: bool) -> None:
+    "Train in full, or test what was trained; what has other processes to run in shows its end only"
+    beside = min(n_workers, len(trials))
+    tasks, epochs, done = [_full_task(study, t, n_workers//beside) for t in trials], study.settings.probe.train.n_epochs, 0
+    anew, spent = study.lost(tasks), _fte(study, study.search.records.values())
+    label = 'full training' if len(tasks) == 1 else f'{len(tasks)} full trainings'
+    with progress_bar(label, epochs*len(tasks), 'epochs', show=progress and bool(anew)) as bar, Workers(beside, executor) as workers:
+        def on_epoch(row: dict) -> None:
+            score = show_score(row['val_score'], study.split.dataset.metric, 1)
+            bar.show(done+row['epoch'], f'validation {score}, {spent+(done+row["epoch"])/epochs:.3g} FTE')
+        here = executor is None and beside == 1
+        for task, result in workers.run(functools.partial(run_probe, on_epoch=on_epoch) if here else run_probe, tasks):
+            _take_full(study, finished_record(task, result), task.checkpoint in anew)
+            done += epochs
+            if not here: bar.show(done, f'{_fte(study, study.search.records.values()):.3g} FTE')
+
+def _take_full(study: Study, record: dict, anew: bool) -> None:
+    "The weights first, then the record"
     if weights := record.pop('weights', None):
         with atomic_path(study.out/'best.safetensors') as path: path.write_bytes(weights)
-    study.take(record)
-    checkpoint.unlink(missing_ok=True)
+    study.take(record, anew)
 
 # %% ../nbs/61_study.ipynb #61study01a
-def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: bool) -> list[Trial]: # The full training that is due, if any
+def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: bool) -> list[Trial]: # The full trainings that are due, if any
     "Tell the search what the store holds, and probe what it then asks for"
     for record in study.store.probes(study.name):
         study.search.tell(record)
-        if ended([record]): study.track('log', record)
+        if ended([record]) and record['purpose'] == 'probe': study.track('log', record)
     before = _standing(study)
     with Workers(n_workers, executor) as workers, progress_bar('', before['total'], initial=before['n'], show=progress) as bar:
         bar.show(**before)
@@ -384,10 +408,16 @@ def run_study(
     progress: bool = True, # Show progress bars?
     trackers: Iterable[Any] = (), # Other places to log to, each a `tracking.Tracker`
 ) -> dict[str, Any]: # The content of result.json
-    "Probe, predict, train the predicted best in full and test it; run again to resume"
+    "Probe, predict, train the predicted best in full and test the best of them; run again to resume"
     with _driving(dataset, out, space, settings, name, n_workers, wait, progress, trackers) as (study, n):
         if progress and (said := _dear(study)): print(said, file=sys.stderr)
-        for trial in _probe_all(study, n, executor, progress): _run_final(study, trial, n, executor, progress)
+        trials = _probe_all(study, n, executor, progress)
+        while trials:
+            _run_full(study, trials, n, executor, progress)
+            trials = study.search.ask()
+        for record in study.search.records.values():
+            if record['purpose'] == 'final': study.track('log', record)
+        shutil.rmtree(study.full, ignore_errors=True)
         result = summarise(study)
         write_json(study.out/'result.json', result)
         study.track('finish', result)
@@ -437,11 +467,18 @@ def _cost(study: Study) -> dict[str, Any]:
 def _predictions(study: Study) -> list[dict[str, Any]]: # Best first
     "What was seen of each config, and what was predicted"
     search, rows = study.search, []
-    for config, row in search.final_predictions.sort_values('mean', ascending=False, kind='stable').iterrows():
+    for config in search.favourites:
+        row = search.final_predictions.loc[config]
         seen = search.records[config, row['level'], 'probe']
         rows.append(name_scores(dict(config_id=config, config=search.configs[config], level=row['level'], status=seen['status'],
                                      val_score=seen['val_score'], predicted=row['mean'], std=row['std']), study.split.dataset.metric))
     return rows
+
+def _full_trainings(study: Study) -> list[dict[str, Any]]: # The predicted best first
+    "What each config trained in full reached, and which was chosen for it"
+    search, trained = study.search, {config: r for (config, _, purpose), r in study.search.records.items() if purpose == 'final'}
+    return [name_scores(dict(config_id=c, config=search.configs[c], status=trained[c]['status'], val_score=trained[c]['val_score'], val_loss=trained[c]['val_loss'],
+                             chosen=c == search.best), study.split.dataset.metric) for c in search.favourites if c in trained]
 
 def _facts(study: Study) -> dict[str, Any]:
     "What was run, on what"
@@ -462,4 +499,4 @@ def summarise(
         best_config=search.configs[best], best_config_id=best, status=final['status'],
         predicted=name_scores(dict(val_score=row['mean'], std=row['std']), metric),
         reached=name_scores({k: final[k] for k in ('val_score', 'test_score', 'val_loss', 'test_loss')}, metric),
-        predictions=_predictions(study), cost=_cost(study)))
+        full_trainings=_full_trainings(study), predictions=_predictions(study), cost=_cost(study)))

@@ -210,6 +210,7 @@ def replay_study(
     budget: float, # In full trainings
     search_seed: int = 0, # Of the search, and of the order of its pool
     pauses: Sequence[float] = (0.33, 0.67), # As of `StudySettings`
+    n_full: int|None = None, # Likewise
 ) -> dict[str, float]: # score: validation score in full of the config chosen; best: of the table; n_configs: tried; fte: what it cost
     "What `run_study` would have made of a table's configs"
     every, card, n_val = _by_trial(Path(folder))
@@ -221,10 +222,11 @@ def replay_study(
     after = np.mean([r['forward_samples']-n_curve*n_epochs for (_, level), r in records.items() if level < 1 and r['status'] == 'ok'])
     pool = [card['configs'][i] for i in np.random.default_rng(search_seed).permutation(len(card['configs']))]
     search = BudgetSearch(card_space(card), pool, PowerLawModel(n_val, card['chance']), budget, card['levels'][:-1], None, pause_epochs(n_epochs, pauses),
-                          n_curve/samples, after/samples/n_epochs, 1+(n_curve+n_val/n_epochs)/samples, seed=search_seed, lag=4, floor=card['chance'])
+                          n_curve/samples, after/samples/n_epochs, 1+(n_curve+n_val/n_epochs)/samples, StudySettings(budget=budget, n_full=n_full).full_trainings,
+                          seed=search_seed, lag=4, floor=card['chance'])
     def look_up(trial: Trial) -> dict:
         record = records[config_id(trial.config), trial.level]
-        if trial.purpose == 'final': return record | dict(purpose='final', responses=[], forward_samples=n_curve*n_epochs+n_val)
+        if trial.purpose == 'final': return record | dict(purpose='final', responses=[], forward_samples=n_curve*n_epochs+n_val, test_score=np.nan if trial.test else None)
         return _paused(record, trial.epochs, n_curve)
     while trials := search.ask():
         for trial in trials: search.tell(look_up(trial))

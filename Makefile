@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # uv does not read pip's variable for local wheels
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help demo app test test-browser install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean tables landscapes replay-probes replay-lcdb
+.PHONY: help demo app test test-browser install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean tables landscapes replay-probes replay-studies replay-lcdb
 .DELETE_ON_ERROR:
 
 help:              ## list the targets
@@ -126,6 +126,9 @@ figures/%/landscapes/result.json: nbs/experiments/landscapes.ipynb | $(VENV)/.in
 replay-probes: install dehb   ## replay searches on the tables, and the ablation of signals
 	@mkdir -p runs/replay/probes
 	$(EXPERIMENT) nbs/experiments/replay_probes.ipynb runs/replay/probes/replay_probes.ipynb -r tables '$(wildcard figures/*/table)' -r copy figures/probes
+replay-studies: install  ## replay whole studies within budgets on the tables (an hour on two cores)
+	@mkdir -p runs/replay/studies
+	$(EXPERIMENT) nbs/experiments/replay_studies.ipynb runs/replay/studies/replay_studies.ipynb -r tables '$(wildcard figures/*/table)' -r copy figures/studies
 LCDB ?=
 replay-lcdb: install     ## rank learners of unseen data sets: LCDB=archive.npz, or LCDB="train.npz test.npz"
 	@mkdir -p runs/replay/lcdb

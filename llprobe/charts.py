@@ -10,7 +10,7 @@ import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from .core import METRICS, InputError, show_score, show_value
 from .explain import importance, interactions
-from .model_charts import (CYCLE, INK, QUIET, SCORES, chart_axis, chart_figure, confusion_chart, landscape_chart, message_chart, plain_numbers, score_axis, show_text,
+from .model_charts import (CYCLE, INK, PERCENT, QUIET, SCORES, chart_axis, chart_figure, confusion_chart, landscape_chart, message_chart, plain_numbers, score_axis, show_labels, show_text,
                                   surface_chart)
 from .probe import ended
 from .reader import StudyReader
@@ -81,7 +81,7 @@ def config_curves_chart(
     if not records: return message_chart('no curve was recorded')
     traces = []
     for r, colour in zip(records, itertools.cycle(CYCLE)):
-        name = 'full training' if r['purpose'] == 'final' else f'level {r["level"]:g}'
+        name = 'full training' if r['purpose'] == 'final' else f'level {r["level"]:g}{", paused"*(r["status"] == "paused")}'
         x, y = ([row[k] for row in r['curve']] for k in ('epoch', 'val_score'))
         traces.append(go.Scatter(x=x, y=plain_numbers(y), mode='lines+markers', name=name, marker_size=5, line=dict(color=colour, width=2), hovertemplate=f'{name}<br>epoch %{{x}}, score %{{y}}<extra></extra>'))
     return chart_figure(traces, chart_axis('epoch'), score_axis(study.metric, [row['val_score'] for r in records for row in r['curve']]), showlegend=True)
@@ -102,15 +102,17 @@ def levels_chart(
         mean, std = ranking.loc[config, ['mean', 'std']]
         traces.append(go.Scatter(x=[0.95], y=plain_numbers([mean]), error_y=_interval(study, [mean], [std])|dict(thickness=1.5), mode='markers', name='predicted ± 2σ',
                                  marker=dict(symbol='diamond', size=9, color=colour), hovertemplate=f'{config[:8]}<br>predicted %{{y}}<extra></extra>'))
-    if study.final: traces.append(_reached(study, [1.05], plain_numbers([study.final['val_score']])))
+    if finals := study.finals: traces.append(_reached(study, finals, [1.05]*len(finals), [r['val_score'] for r in finals]))
     ticks = sorted({*study.levels, *(r['level'] for r in study.probes), 1.0})
     scores = [r['val_score'] for r in study.records]
     return chart_figure(traces, chart_axis('level (fraction of the training data)', type='log', tickvals=ticks, ticktext=[f'{t:g}' for t in ticks]), score_axis(study.metric, scores))
 
-def _reached(study: StudyReader, x: list, y: list) -> go.Scatter:
-    "The star of the full training"
-    text = f'{study.final["config_id"][:8]}<br>reached {show_score(study.final["val_score"], study.metric)}<extra></extra>'
-    return go.Scatter(x=x, y=y, mode='markers', name='reached', marker=dict(symbol='star', size=13, color=COLOURS['green']), hovertemplate=text)
+def _reached(study: StudyReader, finals: list[dict[str, Any]], x: list[Any], y: list[Any]) -> go.Scatter:
+    "The stars of full trainings, filled for the one that was chosen"
+    is_chosen = [r['config_id'] == study.final['config_id'] for r in finals]
+    text = [f'{r["config_id"][:8]}<br>reached {show_score(r["val_score"], study.metric)}{"" if c else ", not chosen"}<extra></extra>' for r, c in zip(finals, is_chosen)]
+    x, y = ([v if isinstance(v, str) else plain_numbers([v])[0] for v in values] for values in (x, y))
+    return go.Scatter(x=x, y=y, mode='markers', name='reached', marker=dict(symbol=['star' if c else 'star-open' for c in is_chosen], size=13, color=COLOURS['green']), hovertemplate=text)
 
 # %% ../nbs/76_charts.ipynb #76charts00f
 def ranking_chart(
@@ -130,8 +132,8 @@ def ranking_chart(
     predicted = go.Scatter(x=plain_numbers(table['mean']), **common, mode='markers', name='predicted ± 2σ', marker=dict(symbol='diamond', size=8, color=colours),
                            error_x=_interval(study, table['mean'], table['std'])|dict(thickness=1.2, width=3, color=COLOURS['grey']), hovertemplate='%{customdata}<br>predicted %{x}<extra></extra>')
     traces = [seen, predicted]
-    if study.final and study.final['config_id'] in table.index:
-        traces.append(_reached(study, plain_numbers([study.final['val_score']]), [names[list(table.index).index(study.final['config_id'])]]))
+    if finals := [r for r in study.finals if r['config_id'] in table.index]:
+        traces.append(_reached(study, finals, [r['val_score'] for r in finals], [names[list(table.index).index(r['config_id'])] for r in finals]))
     axis = score_axis(study.metric, [*table['val_score'], *table['mean']])
     if study.metric == 'accuracy': axis['range'] = [-0.02, 1.04]
     return chart_figure(traces, axis, chart_axis(type='category', tickfont=dict(family='monospace', size=11)), height=110+17*len(table))
@@ -140,14 +142,15 @@ def ranking_chart(
 def timeline_chart(
     study: StudyReader,
 ) -> go.Figure:
-    "The score of each probe against the cost spent until then, with the best so far of each level"
+    "The score of each probe against the cost spent until then, open where it paused, with the best so far of each level"
     table, traces = study.timeline, []
     if not len(table): return message_chart('nothing was probed yet')
     for (level, rows), colour, symbol in zip(table.groupby('level'), itertools.cycle(CYCLE), itertools.cycle(('circle', 'square', 'diamond', 'cross', 'triangle-up', 'x'))):
         common = dict(x=plain_numbers(rows['spent']), legendgroup=f'{level:g}', ids=list(rows['config_id']))
         traces.append(go.Scatter(y=plain_numbers(rows['best']), mode='lines', line=dict(shape='hv', width=1.5, color=colour), showlegend=False, hoverinfo='skip', **common))
-        traces.append(go.Scatter(y=plain_numbers(rows['val_score']), mode='markers', name=f'level {level:g}' if level < 1 else 'full training', marker=dict(size=8, color=colour, symbol=symbol), customdata=[_hover(study, c) for c in rows['config_id']],
-                                 hovertemplate=f'%{{customdata}}<br>level {level:g}, score %{{y}}<br>after %{{x}} FTE<extra></extra>', **common))
+        traces.append(go.Scatter(y=plain_numbers(rows['val_score']), mode='markers', name=f'level {level:g}' if level < 1 else 'full training', customdata=[_hover(study, c) for c in rows['config_id']],
+                                 marker=dict(size=8, color=colour, symbol=[f'{symbol}{"-open"*(status == "paused")}' for status in rows['status']]),
+                                 hovertemplate=[f'%{{customdata}}<br>level {level:g}, score %{{y}}{" after {} of {} epochs".format(epochs, study.n_epochs)*(status == "paused")}<br>after %{{x}} FTE<extra></extra>' for status, epochs in zip(rows['status'], rows['epochs'])], **common))
     return chart_figure(traces, chart_axis('cost so far (full-training equivalents)', rangemode='tozero'), score_axis(study.metric, table['val_score']))
 
 # %% ../nbs/76_charts.ipynb #76charts013
@@ -207,7 +210,7 @@ def responses_chart(
     for config, colour in zip(loud, itertools.cycle(CYCLE[2:])):
         traces.append(_lines({config: lines[config]}, line=dict(width=3, color=colour), marker_size=7, name=config[:8], hovertemplate=hover, showlegend=True))
     ends, tops = list(scores.values()), [max(map(abs, lines[c][1])) for c in scores]
-    bar = dict(title=dict(text=METRICS[study.metric], side='right'), thickness=10, outlinewidth=0, **(dict(tickformat='.0%') if study.metric == 'accuracy' else {}))
+    bar = dict(title=dict(text=METRICS[study.metric], side='right'), thickness=10, outlinewidth=0, **(dict(tickformat=PERCENT) if study.metric == 'accuracy' else {}))
     if min(ends) < max(ends): traces.append(go.Scatter(x=[None], y=[None], mode='markers', showlegend=False, hoverinfo='skip',
                                                        marker=dict(color=[0], colorscale=SCORES, cmin=min(ends), cmax=max(ends), showscale=True, colorbar=bar)))
     kept = [v for c, top in zip(scores, tops) if c in loud or top <= 20*float(np.median(tops)) for v in lines[c][1] if math.isfinite(v)] # a loss that explodes would flatten all others
@@ -222,9 +225,9 @@ def importance_chart(
     "Share of the scores' variation that each hyper-parameter has a part in, ± one deviation"
     try: table = importance(study.records, study.space).iloc[::-1]
     except InputError as error: return message_chart(str(error))
-    trace = go.Bar(x=plain_numbers(table['mean']), y=[show_text(n) for n in table['hyperparameter']], orientation='h', marker_color=COLOURS['blue'],
+    trace = go.Bar(x=plain_numbers(table['mean']), y=show_labels(list(table['hyperparameter'])), orientation='h', marker_color=COLOURS['blue'],
                    error_x=dict(array=plain_numbers(table['std']), thickness=1.2, color=INK), hovertemplate='%{y}: %{x:.0%}<extra></extra>')
-    return chart_figure([trace], chart_axis('share of the variation', tickformat='.0%', rangemode='nonnegative'), chart_axis(type='category'), height=90+26*len(table), meta=_reliability(table.attrs))
+    return chart_figure([trace], chart_axis('share of the variation', tickformat=PERCENT, rangemode='nonnegative'), chart_axis(type='category'), height=90+26*len(table), meta=_reliability(table.attrs))
 
 def _reliability(attrs: dict[str, Any]) -> dict[str, Any]:
     "How much stands behind an explanation"
@@ -240,7 +243,7 @@ def interactions_chart(
     names = [n for n in study.space.names if n in {*table['first'], *table['second']}]
     grid = pd.DataFrame(np.nan, names, names)
     for row in table.itertuples(): grid.loc[row.first, row.second] = grid.loc[row.second, row.first] = row.share
-    labels, bar = [show_text(n, 16) for n in names], dict(thickness=10, outlinewidth=0, tickformat='.0%')
+    labels, bar = show_labels(names, 16), dict(thickness=10, outlinewidth=0, tickformat=PERCENT)
     trace = go.Heatmap(z=[plain_numbers(row) for row in grid.values], x=labels, y=labels, colorscale='Cividis', zmin=0, zmax=max(0.05, float(table['share'].max())), xgap=1, ygap=1,
                        hoverongaps=False, colorbar=bar, hovertemplate='%{y} with %{x}: %{z:.1%}<extra></extra>')
     return chart_figure([trace], chart_axis(type='category', showgrid=False), chart_axis(type='category', showgrid=False, autorange='reversed'), meta=_reliability(table.attrs))
@@ -273,7 +276,7 @@ def parallel_chart(
     if len(records) < 2: return message_chart('fewer than two configs have a score')
     dimensions = [_dimension(study, n, [r['config'].get(n) for r in records]) for n in study.space.names if len({r['config'].get(n) for r in records}) > 1]
     scores = plain_numbers(max(r['val_score'], LOWEST_SCORE) for r in records)
-    score = dict(label=f'{METRICS[study.metric]} at {level:g}', values=scores, **(dict(tickformat='.0%') if study.metric == 'accuracy' else {}))
+    score = dict(label=f'{METRICS[study.metric]} at {level:g}', values=scores, **(dict(tickformat=PERCENT) if study.metric == 'accuracy' else {}))
     trace = go.Parcoords(ids=[r['config_id'] for r in records], dimensions=[*dimensions, score], line=dict(color=scores, colorscale=SCORES), labelangle=-25, labelside='top', unselected=dict(line=dict(opacity=0.08)))
     return chart_figure([trace], {}, {}, margin=dict(l=60, r=40, t=76, b=20), height=360)
 
@@ -297,7 +300,7 @@ def compare_chart(
 ) -> go.Figure:
     "Of each study: the score predicted for its choice ± 2 deviations, and those reached"
     if not studies: return message_chart('there is nothing to compare')
-    labels, best, metric = [show_text(n, 28) for n in study_labels(studies)], [s.best for s in studies], studies[0].metric
+    labels, best, metric = show_labels(study_labels(studies), 28), [s.best for s in studies], studies[0].metric
     tables = [s.ranking() for s in studies]
     means, stds = ([t.loc[b, k] if b in t.index else None for t, b in zip(tables, best)] for k in ('mean', 'std'))
     reached = {part: [s.final[f'{part}_score'] if s.final else None for s in studies] for part in ('val', 'test')}
@@ -310,9 +313,9 @@ def compare_costs_chart(
     studies: Sequence[StudyReader],
 ) -> go.Figure:
     "Cost of each study by part, as a share of training all its configs in full"
-    labels, parts = [show_text(n, 28) for n in study_labels(studies)], [cost_parts(s) for s in studies]
+    labels, parts = show_labels(study_labels(studies), 28), [cost_parts(s) for s in studies]
     sizes = [max(len({r['config_id'] for r in s.records}), 1) for s in studies]
     groups = dict(probes=[sum(v for k, v in p.items() if k.startswith('probes')) for p in parts], **{k: [p.get(k, 0.0) for p in parts] for k in ('meta-model', 'full training')})
     traces = [go.Bar(x=plain_numbers(v/n for v, n in zip(values, sizes)), y=labels, customdata=plain_numbers(values), orientation='h', name=name, marker_color=colour, hovertemplate=f'%{{y}}<br>{name}: %{{customdata}} FTE, %{{x}}<extra></extra>')
               for (name, values), colour in zip(groups.items(), CYCLE)]
-    return chart_figure(traces, chart_axis('cost, as a share of all in full', tickformat='.0%', rangemode='tozero'), chart_axis(type='category', autorange='reversed'), barmode='stack', bargap=0.4, legend_traceorder='normal', height=150+32*len(labels))
+    return chart_figure(traces, chart_axis('cost, as a share of all in full', tickformat=PERCENT, rangemode='tozero'), chart_axis(type='category', autorange='reversed'), barmode='stack', bargap=0.4, legend_traceorder='normal', height=150+32*len(labels))

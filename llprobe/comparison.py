@@ -15,7 +15,7 @@ from .core import InputError, atomic_path, digest
 from .execution import Workers
 from .peers import dehb, optuna_hyperband, smac_multifidelity
 from .replay import Method, ReplayTable, asha, llprobe_search, play, random_low_then_full, random_search, regrets, successive_halving
-from .visualization import _figure
+from .visualization import _figure, log_ticks
 
 # %% auto #0
 __all__ = ['METHODS', 'named_methods', 'replay', 'average_ranks', 'mean_regrets', 'friedman_nemenyi', 'holm', 'wilcoxon_holm',
@@ -192,7 +192,7 @@ def plot_regret(
     figure = _plot_means(mean_regrets(frame, value), value.replace('_', ' '))
     axis = figure.axes[0]
     axis.set_yscale('log')
-    _set_ticks(axis.yaxis, (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1), *axis.get_ylim())
+    _set_ticks(axis.yaxis, log_ticks(*axis.get_ylim()), *axis.get_ylim())
     return figure
 
 def plot_ranks(

@@ -5,7 +5,7 @@
 # %% ../nbs/79_details.ipynb #79details003
 from __future__ import annotations
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Iterator
 from .core import InputError
 from .evaluation import Evaluation, evaluate_part
@@ -31,7 +31,7 @@ class Details:
     level: float # Of the record whose model it is
     purpose: str # 'final' or 'probe'
     evaluation: Evaluation|None = None # Its answers
-    landscape: Landscape|None = None # The loss around it
+    landscape: Landscape|None = field(default=None, repr=False) # The loss around it
     reason: str = '' # Why there is nothing
 
 # %% ../nbs/79_details.ipynb #79details007

@@ -21,7 +21,7 @@ from .reader import StudyReader
 __all__ = ['Evaluation', 'evaluate_part', 'image_uri', 'targets_chart']
 
 # %% ../nbs/77_evaluation.ipynb #77evaluation005
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     "What a model answered on a part of a study's data"
     part: str # 'val' or 'test'
@@ -32,6 +32,9 @@ class Evaluation:
     raw: torch.Tensor # (n, c, h, w) uint8 images, or (n, d) features
 
     def __len__(self) -> int: return len(self.truth)
+    def __repr__(self) -> str:
+        right = f', {1-self.is_wrong.mean():.2%} right' if self.classes else ''
+        return f'Evaluation({len(self)} samples of the {self.part} part{right})'
 
     @property
     def is_wrong(self) -> np.ndarray: # (n,)
@@ -51,12 +54,13 @@ def evaluate_part(
     config: str, # Its config_id
     level: float = 1.0, # That it was trained at
     purpose: str = 'final', # Or 'probe'
-    part: str|None = None, # By default the test part for the full training, and the validation part for all others
-) -> Evaluation: # Raises `InputError` for the test part of a probe, and for a model that diverged
+    part: str|None = None, # By default the test part for the full training that was tested, and the validation part for all others
+) -> Evaluation: # Raises `InputError` for the test part of what was not tested, and for a model that diverged
     "Ask a model for its answers; it is loaded or trained again"
-    part = part or ('test' if purpose == 'final' else 'val')
+    is_tested = study.record(config, level, purpose)['test_score'] is not None
+    part = part or ('test' if is_tested else 'val')
     if part not in ('val', 'test'): raise InputError(f"part must be 'val' or 'test', got {part!r}")
-    if part == 'test' and purpose != 'final': raise InputError(f'the test part is for the full training, not for a {purpose} at level {level:g}: look at its validation part')
+    if part == 'test' and not is_tested: raise InputError('the test part is for the full training that was chosen, neither for another nor for a probe: look at the validation part')
     outputs, (raw, truth) = _outputs(study.model(config, level, purpose), *study.samples(part)), study.split.inputs(part)
     classes = study.split.dataset.classes
     if not classes:

@@ -12,9 +12,10 @@ from fastcore.basics import patch
 from .charts import curves_chart, parallel_chart, ranking_chart, study_labels, timeline_chart
 from .core import METRICS, InputError, show_score, show_value
 from .data import Dataset
+from .details import shown_record
 from .model_charts import landscape_chart, message_chart, surface_chart
 from .plot_widget import Plot
-from .reader import StudyReader, read_study
+from .reader import StudyReader, no_model, read_study
 from .study_landscape import KINDS, landscape_steps
 from .what_if import WhatIf, complete, slice_chart, values_of
 
@@ -111,6 +112,7 @@ class Explorer:
         self._open(self.study)
         self._observe()
 
+    def __repr__(self) -> str: return f'Explorer({", ".join(repr(study.name) for study in self.studies)})'
     def _repr_mimebundle_(self, **options: Any) -> Any: return self.box._repr_mimebundle_(**options)
 
     def wait(self, timeout: float = 60.0) -> bool: # Whether everything is drawn
@@ -180,11 +182,12 @@ def _draw_study(self: Explorer) -> None:
     with self._lock, self._silence():
         config, level = self.config.value, self.level.value
         self._say(self.headline, study.headline())
-        levels, ranked = sorted({r['level'] for r in study.probes}), list(study.ranking().index)
+        levels, ranked, seen = sorted({r['level'] for r in study.probes}), set(study.ranking().index), {r['config_id'] for r in study.records}
+        shown = [c for c in study.order if c in seen]
         self.level.options = [(f'{l:g}', l) for l in levels] or [('0', 0.0)]
         self.level.value = level if level in levels[:-1] else self.level.options[-1][1]
-        self.config.options = [(f'{i+1}. {c[:8]}', c) for i, c in enumerate(ranked)] or [('none yet', '')]
-        self.config.value = config if config in ranked else (study.best or '')
+        self.config.options = [(f'{i+1}. {c[:8]}' if c in ranked else f'{c[:8]}, paused', c) for i, c in enumerate(shown)] or [('none yet', '')]
+        self.config.value = config if config in shown else (study.best or '')
         self.parallel.show(parallel_chart(study))
         self.timeline.show(timeline_chart(study))
 
@@ -236,7 +239,8 @@ def _draw_landscape(self: Explorer, change: Any = None) -> None:
     if self._quiet: return
     if not self.trained_at.value:
         self.landscape.show(message_chart('nothing to show'))
-        return self._say(self.landscape_text, 'this config has no trained model to look at', error=True)
+        record = shown_record(self.study, self.config.value)
+        return self._say(self.landscape_text, no_model(record) if record else 'nothing was trained yet', error=True)
     key, shape = (self.config.value, *self.trained_at.value), self.dimensions.value
     options = dict(kind=self.kind.value, n_directions=min(shape, 2), radius=self.radius.value, seed=self.directions.value, part=self.part.value)
     self._jobs.submit(lambda: self._landscapes(self.study, key, shape == 3, options))

@@ -43,16 +43,20 @@ def response_features(
     responses: list[dict], # Rows of a record's responses; radius 0 is the unperturbed model
 ) -> dict[str, float]: # `response_<kind>_<radius>_<sample>_<loss|accuracy>`
     "Mean change of loss and accuracy for each kind, radius and sample"
-    if not responses: return {}
-    rows = pd.DataFrame(responses)
-    scores = [name for name in ('loss', 'accuracy') if name in rows and rows[name].notna().any()]
-    base = rows[rows.radius == 0].groupby('sample')[scores].mean()
-    means = rows[rows.radius > 0].groupby(['kind', 'radius', 'sample'])[scores].mean()
-    features = {}
-    for (kind, radius, sample), row in means.iterrows():
-        change = row-base.loc[sample]
-        features[f'response_{kind}_{radius:g}_{sample}_loss'] = _signed_log(change.loss)
-        if 'accuracy' in change: features[f'response_{kind}_{radius:g}_{sample}_accuracy'] = change.accuracy
+    return _response_features([responses])[0]
+
+def _response_features(of: list[list[dict]]) -> list[dict[str, float]]:
+    "Those of many records, whose means are taken at once"
+    columns, scores = ('record', 'kind', 'radius', 'sample', 'loss', 'accuracy'), ['loss', 'accuracy']
+    values = [(i, r['kind'], r['radius'], r['sample'], r['loss'], r.get('accuracy')) for i, responses in enumerate(of) for r in responses]
+    rows = pd.DataFrame(values, columns=columns).astype(dict.fromkeys(scores, float))
+    base = rows[rows.radius == 0].groupby(['record', 'sample'])[scores].mean().reset_index()
+    means = rows[rows.radius > 0].groupby(['record', 'kind', 'radius', 'sample'])[scores].mean().reset_index()
+    features, classifiers = [{} for _ in of], set(rows.record[rows.accuracy.notna()])
+    for row in means.merge(base, 'left', ['record', 'sample'], suffixes=('', '_base')).itertuples():
+        name = f'response_{row.kind}_{row.radius:g}_{row.sample}'
+        features[row.record][f'{name}_loss'] = _signed_log(row.loss-row.loss_base)
+        if row.record in classifiers: features[row.record][f'{name}_accuracy'] = row.accuracy-row.accuracy_base
     return features
 
 # %% ../nbs/50_features.ipynb #50features00c
@@ -63,12 +67,12 @@ def feature_frame(
 ) -> pd.DataFrame: # Columns config_id, level, purpose, status, val_score, then features; rows in the records' order
     "One row a record; what a record lacks is NaN"
     records = list(records)
-    encoded = space.encode([r['config'] for r in records])
+    encoded, responses = space.encode([r['config'] for r in records]), _response_features([r['responses'] for r in records])
     rows = []
-    for record, values in zip(records, encoded):
+    for record, values, response in zip(records, encoded, responses):
         row = {name: record[name] for name in ('config_id', 'level', 'purpose', 'status', 'val_score')}
         row |= {f'hp_{name}': value for name, value in zip(space.encoded_names, values)}
-        row |= curve_features(record['curve']) | response_features(record['responses'])
+        row |= curve_features(record['curve']) | response
         rows.append(row | {f'data_{name}': value for name, value in (data_features or {}).items()})
     frame = pd.DataFrame(rows)
     columns = feature_columns(frame)

@@ -12,13 +12,14 @@ from .landscape import Landscape
 from .visualization import COLOURS, LOWEST_SCORE, log_ticks
 
 # %% auto #0
-__all__ = ['CYCLE', 'SCORES', 'QUIET', 'GRID', 'INK', 'show_text', 'plain_numbers', 'chart_axis', 'chart_figure', 'score_axis',
-           'message_chart', 'landscape_chart', 'surface_chart', 'confusion_chart']
+__all__ = ['CYCLE', 'SCORES', 'QUIET', 'GRID', 'INK', 'PERCENT', 'show_text', 'show_labels', 'plain_numbers', 'chart_axis',
+           'chart_figure', 'score_axis', 'message_chart', 'landscape_chart', 'surface_chart', 'confusion_chart']
 
 # %% ../nbs/75a_model_charts.ipynb #75amodelchar005
 CYCLE = (*(COLOURS[name] for name in ('blue', 'orange', 'green', 'red')), '#CC79A7', '#56B4E9') # After Okabe and Ito
 SCORES = [[0, COLOURS['blue']], [0.5, '#a0a0a0'], [1, COLOURS['orange']]] # Low to high, visible on white and on black
 QUIET, GRID, INK = 'rgba(128,128,128,0.45)', 'rgba(128,128,128,0.2)', '#808080'
+PERCENT = '.3~%' # Of plotly's ticks: as many digits as tell them apart
 
 def show_text(
     value: Any, # Anything a user may have typed
@@ -27,6 +28,17 @@ def show_text(
     "Text for a label of plotly, shortened, with its markup made harmless"
     text = str(value)
     return html.escape(text if len(text) <= most else f'{text[:most-1]}…', quote=False)
+
+def show_labels(
+    values: Sequence[Any], # Anything users may have typed, all different
+    most: int = 40, # Characters
+) -> list[str]: # All different: labels on an axis of categories are also its keys
+    "`show_text` of several; where their beginnings are alike they keep their ends too, and are numbered if that does not tell them apart"
+    def cut(text: str, tail: int) -> str: return text if len(text) <= most else f'{text[:most-1-tail]}…{text[len(text)-tail:]}'
+    for tail in (0, most//2):
+        labels = [html.escape(cut(str(v), tail), quote=False) for v in values]
+        if len({*labels}) == len(labels): return labels
+    return [f'{i+1}. {label}' for i, label in enumerate(labels)]
 
 def plain_numbers(
     values: Iterable[Any], # Numbers of any kind, or None
@@ -62,7 +74,8 @@ def score_axis(
 ) -> dict[str, Any]: # For `chart_figure`
     "An axis of scores; R² has no lower end, and what is far below that of naming the mean is left out"
     found = [v for v in values if v is not None and math.isfinite(v)]
-    axis = chart_axis(f'validation {METRICS[metric]}' if title is None else title, **(dict(tickformat='.0%') if metric == 'accuracy' else {}))
+    axis = chart_axis(f'validation {METRICS[metric]}' if title is None else title, **(dict(tickformat=PERCENT) if metric == 'accuracy' else {}))
+    if metric == 'accuracy' and found and min(found) == max(found): axis['range'] = [found[0]-0.05, found[0]+0.05] # plotly would go below 0
     if metric != 'accuracy' and found and min(found) < LOWEST_SCORE: axis['range'] = [LOWEST_SCORE-0.05, max(*found, 0.1)*1.05]
     return axis | more
 

@@ -21,7 +21,7 @@ from .store import open_store
 from .training import network_samples, resolve_device
 
 # %% auto #0
-__all__ = ['Config', 'Record', 'read_result', 'StudyReader', 'read_study', 'find_studies']
+__all__ = ['Config', 'counted', 'paused_after', 'Record', 'read_result', 'StudyReader', 'read_study', 'find_studies', 'no_model']
 
 # %% ../nbs/75_reader.ipynb #75reader005
 def _table(values: dict[str, Any]) -> str:
@@ -40,17 +40,36 @@ class Config(dict):
     "Hyper-parameters by name"
     def _repr_html_(self) -> str: return f'<p>config <code>{config_id(self)}</code></p>{_table(self)}'
 
+def counted(n: int, what: str) -> str:
+    "A number and its noun"
+    return f'{n} {what}{"s"*(n != 1)}'
+
+def paused_after(
+    record: dict[str, Any], # As `store.Store.probes` gives it
+) -> str: # Such as 'after 3 epochs'; empty for one that has ended
+    "When a paused probe had the score that its record holds"
+    return f'after {counted(len(record["curve"]), "epoch")}' if record['status'] == 'paused' else ''
+
 class Record(dict):
     "What a training left: a record as `store.Store.probes` gives it"
     def __init__(self, values: dict[str, Any], metric: str = 'accuracy'):
         super().__init__(values)
         self._metric = metric
 
+    @property
+    def what(self) -> str: return 'full training' if self['purpose'] == 'final' else f'probe at level {self["level"]:g}'
+
+    def _scores(self) -> dict[str, str]:
+        return {f'{part} {METRICS[self._metric]}': show_score(self[f'{part}_score'], self._metric) for part in ('val', 'test') if self[f'{part}_score'] is not None}
+
+    def __repr__(self) -> str:
+        scores = ''.join(f', {name} {score}' for name, score in self._scores().items())
+        return f'Record({self.what} of config {self["config_id"][:8]}: {self["status"]}{" "*bool(paused_after(self))}{paused_after(self)}{scores})'
+
     def _repr_html_(self) -> str:
-        scores = {f'{part} {METRICS[self._metric]}': show_score(self[f'{part}_score'], self._metric) for part in ('val', 'test') if self[f'{part}_score'] is not None}
         facts = {k: self[k] for k in ('status', 'val_loss', 'n_samples', 'n_epochs', 'seconds', 'error') if self[k] is not None}
-        what = 'full training' if self['purpose'] == 'final' else f'probe at level {self["level"]:g}'
-        return f'<p>{what} of config <code>{self["config_id"]}</code></p>{_table(scores | facts)}{_sparkline([row["val_score"] for row in self["curve"]])}'
+        if self['status'] == 'paused': facts['n_epochs'] = f'{len(self["curve"])} of {self["n_epochs"]}'
+        return f'<p>{self.what} of config <code>{self["config_id"]}</code></p>{_table(self._scores() | facts)}{_sparkline([row["val_score"] for row in self["curve"]])}'
 
 # %% ../nbs/75_reader.ipynb #75reader007
 def read_result(
@@ -82,7 +101,7 @@ class StudyReader:
         self.refresh()
 
     def __repr__(self) -> str:
-        return f'StudyReader({self.name!r}: {len(self.configs)} configs, {len(self.probes)} probes, {"finished" if self.final else "not finished"})'
+        return f'StudyReader({self.name!r}: {len(self.configs)} configs, {len(self.probes)} probes, {"finished" if self.is_finished else "not finished"})'
 
 def read_study(
     folder: str|Path, # That `llprobe run` or `run_study` wrote to
@@ -110,12 +129,12 @@ def fte(self: StudyReader,
     return full_training_equivalents([record], self.n_train, self.n_epochs)
 
 @patch
-def _timeline(self: StudyReader) -> pd.DataFrame: # One row a record: config_id, level, purpose, status, val_score, seconds, fte, finished_at, spent, best (so far at that level)
+def _timeline(self: StudyReader) -> pd.DataFrame: # One row a record: config_id, level, purpose, status, val_score, seconds, fte, epochs (in its curve), finished_at, spent, best (so far at that level)
     "The records in the order in which they were finished"
     finished = self.frame.set_index(['config_id', 'level', 'purpose'])['finished_at']
     keys = ('config_id', 'level', 'purpose', 'status', 'val_score', 'seconds')
-    rows = [{k: r[k] for k in keys} | dict(fte=self.fte(r), finished_at=finished[r['config_id'], r['level'], r['purpose']]) for r in self.records]
-    table = pd.DataFrame(rows, columns=[*keys, 'fte', 'finished_at']).astype(dict.fromkeys(('level', 'val_score', 'seconds', 'fte'), float)) # also when there is none
+    rows = [{k: r[k] for k in keys} | dict(epochs=len(r['curve']), fte=self.fte(r), finished_at=finished[r['config_id'], r['level'], r['purpose']]) for r in self.records]
+    table = pd.DataFrame(rows, columns=[*keys, 'epochs', 'fte', 'finished_at']).astype(dict.fromkeys(('level', 'val_score', 'seconds', 'fte'), float)) # also when there is none
     table = table.sort_values('finished_at', kind='stable', ignore_index=True)
     return table.assign(spent=table['fte'].cumsum(), best=table.groupby('level')['val_score'].cummax())
 
@@ -131,8 +150,8 @@ def refresh(self: StudyReader) -> bool: # Whether anything is new
         self.configs = {config_id(c): Config(c) for c in store.configs(self.name)}
         self.records, self.frame = [Record(r, metric=self.metric) for r in store.probes(self.name)], store.probe_frame(self.name)
     self._seen, self._rankings, self.timeline, self.result = seen, {}, self._timeline(), None
-    if self.final: # probes alone may have left a result.json without a choice
-        with contextlib.suppress(InputError): self.result = read_result(self.folder)
+    with contextlib.suppress(InputError): # probes alone may have left a result.json without a choice
+        if self.final and 'best_config_id' in (found := read_result(self.folder)): self.result = found
     return True
 
 @patch(as_prop=True)
@@ -141,9 +160,20 @@ def probes(self: StudyReader) -> list[dict[str, Any]]: # Records, by config in t
     return [r for r in self.records if r['purpose'] == 'probe']
 
 @patch(as_prop=True)
+def finals(self: StudyReader) -> list[dict[str, Any]]: # Best validation score first
+    "The full trainings' records"
+    def score(r: dict[str, Any]) -> float: return r['val_score'] if r['status'] == 'ok' and math.isfinite(r['val_score']) else -math.inf
+    return sorted((r for r in self.records if r['purpose'] == 'final'), key=score, reverse=True)
+
+@patch(as_prop=True)
 def final(self: StudyReader) -> dict[str, Any]|None:
-    "The full training's record"
-    return next((r for r in self.records if r['purpose'] == 'final'), None)
+    "The chosen full training's record: the one that was tested, or else the best by now"
+    return next((r for r in self.finals if r['test_score'] is not None), next(iter(self.finals), None))
+
+@patch(as_prop=True)
+def is_finished(self: StudyReader) -> bool:
+    "Was a config chosen and tested? A full training that crashed has no test, but a result"
+    return bool(self.final) and (self.final['test_score'] is not None or self.result is not None)
 
 @patch(as_prop=True)
 def n_tried(self: StudyReader) -> int:
@@ -151,12 +181,26 @@ def n_tried(self: StudyReader) -> int:
     return len({r['config_id'] for r in self.records})
 
 @patch
+def find_config(self: StudyReader,
+    config: str, # Its config_id, or the beginning of it
+) -> str: # The whole config_id
+    "A config by as much of its id as tells it from the others; raises `InputError` otherwise"
+    found = [c for c in self.configs if c.startswith(config)]
+    if config in found: return config
+    if len(found) == 1: return found[0]
+    shown = found or list(self.configs)
+    rest = f' and {len(shown)-8} more' if len(shown) > 8 else ''
+    said = f'begins the ids of {len(found)} configs' if found else 'begins no config\'s id'
+    raise InputError(f'{config!r} {said} of the study {self.name!r}: choose one of {", ".join(shown[:8]) or "none, for there are none yet"}{rest}')
+
+@patch
 def record(self: StudyReader,
-    config: str, # Its config_id
+    config: str, # As for `find_config`
     level: float, # 1.0 for the full training
     purpose: str = 'probe', # Or 'final'
 ) -> dict[str, Any]:
     "One record; raises `InputError` when there is none"
+    config = self.find_config(config)
     for r in self.records:
         if (r['config_id'], r['level'], r['purpose']) == (config, level, purpose): return r
     raise InputError(f'config {config} has no {purpose} at level {level:g} in the study {self.name!r}: choose one that was run')
@@ -200,6 +244,12 @@ def _rank(self: StudyReader, level: float) -> pd.DataFrame:
     return table.sort_values('mean', ascending=False, kind='stable')
 
 @patch(as_prop=True)
+def order(self: StudyReader) -> list[str]: # config_ids
+    "All configs: best prediction first, then the paused, those that came furthest first, those not probed last"
+    paused = sorted((r for r in self.probes if r['status'] == 'paused'), key=lambda r: (-r['level'], -len(r['curve']), -r['val_score']))
+    return list(dict.fromkeys([*self.ranking().index, *(r['config_id'] for r in paused), *self.configs]))
+
+@patch(as_prop=True)
 def best(self: StudyReader) -> str|None: # Its config_id
     "The config trained in full, or else the one predicted to be best by now"
     return self.final['config_id'] if self.final else next(iter(self.ranking().index), None)
@@ -232,7 +282,7 @@ def task(self: StudyReader,
     purpose: str = 'probe',
 ) -> ProbeTask:
     "What a record came from"
-    return ProbeTask(self._data_path(), self.configs[config], level, self.seed, purpose, self.settings)
+    return ProbeTask(self._data_path(), self.configs[self.find_config(config)], level, self.seed, purpose, self.settings)
 
 @patch(as_prop=True)
 def split(self: StudyReader) -> Split:
@@ -243,7 +293,8 @@ def split(self: StudyReader) -> Split:
 @patch
 def _weights_path(self: StudyReader, config: str, level: float, purpose: str) -> Path:
     "Where a record's weights are kept"
-    return self.folder/'best.safetensors' if purpose == 'final' else self.folder/'weights'/f'{config}-{level:g}.safetensors'
+    is_chosen = purpose == 'final' and self.is_finished and config == self.final['config_id']
+    return self.folder/'best.safetensors' if is_chosen else self.folder/'weights'/f'{config}-{level:g}.safetensors'
 
 @patch
 def is_kept(self: StudyReader,
@@ -252,6 +303,7 @@ def is_kept(self: StudyReader,
     purpose: str = 'probe',
 ) -> bool:
     "Is the trained model at hand, or must it be trained again?"
+    config = self.find_config(config)
     kept = self.settings.training is None and self._weights_path(config, level, purpose).is_file()
     return (config, level, purpose) in self._models or kept
 
@@ -274,6 +326,14 @@ def _train(self: StudyReader, task: ProbeTask) -> torch.nn.Module:
         path.write_bytes(pack_weights(model))
     return model
 
+def no_model(
+    record: dict[str, Any], # As `store.Store.probes` gives it
+) -> str: # Empty if there is one
+    "Why a record has no trained model"
+    if record['status'] == 'ok': return ''
+    how = f'was {record["status"]} {paused_after(record)}' if record['status'] == 'paused' else record['status']
+    return f'config {record["config_id"]} {how} at level {record["level"]:g}: it has no model to look at'
+
 @patch
 def model(self: StudyReader,
     config: str, # As for `record`, and so on
@@ -281,8 +341,8 @@ def model(self: StudyReader,
     purpose: str = 'probe',
 ) -> torch.nn.Module: # In evaluation mode, on the study's device
     "A trained model: kept, or trained again; raises `InputError` for one that diverged or crashed"
-    key = config, level, purpose
-    if self.record(*key)['status'] != 'ok': raise InputError(f'config {config} {self.record(*key)["status"]} at level {level:g}: it has no model to look at')
+    key = config, level, purpose = self.find_config(config), level, purpose
+    if reason := no_model(self.record(*key)): raise InputError(reason)
     if key not in self._models:
         while len(self._models) >= 16: self._models.pop(next(iter(self._models)))
         task = self.task(*key)
@@ -303,15 +363,16 @@ def samples(self: StudyReader,
 @patch
 def design(self: StudyReader) -> str:
     "What is studied, in half a sentence"
-    def count(n: int, what: str) -> str: return f'{n} {what}{"s"*(n != 1)}'
-    return (f'{count(len(self.configs), "config")} of {self.space.architecture} on {self.study["dataset"]}, {count(len(self.probes), "probe")} at levels '
-            f'{", ".join(f"{l:g}" for l in self.levels)}, {self.n_epochs} epochs')
+    levels, paused = sorted({r['level'] for r in self.probes}) or self.levels, sum(r['status'] == 'paused' for r in self.probes)
+    epochs = f'up to {counted(self.n_epochs, "epoch")} each, {paused} of them paused' if paused else f'{counted(self.n_epochs, "epoch")} each'
+    return (f'{counted(len(self.configs), "config")} of {self.space.architecture} on {self.study["dataset"]}, {counted(len(self.probes), "probe")} at '
+            f'level{"s"*(len(levels) > 1)} {", ".join(f"{l:g}" for l in levels)}, {epochs}')
 
 @patch
 def headline(self: StudyReader) -> str:
     "The study in one sentence"
     spent, show = self.cost()['fte'].sum(), functools.partial(show_score, metric=self.metric)
-    done = f'reached {show(self.final["val_score"])}, tested {show(self.final["test_score"])}' if self.final and self.final['test_score'] is not None else 'not finished'
+    done = f'reached {show(self.final["val_score"])}, tested {show(self.final["test_score"])}' if self.final and self.final['test_score'] is not None else 'finished without a test' if self.is_finished else 'not finished'
     return f'{self.design()}; {done}; {spent:.2f} full-training equivalents'
 
 @patch

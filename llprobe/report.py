@@ -7,15 +7,17 @@ from __future__ import annotations
 import contextlib, importlib.metadata, itertools, math, re, time
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 import jinja2, markupsafe, plotly.graph_objects as go, plotly.offline
 from .charts import (compare_chart, compare_costs_chart, config_curves_chart, confusion_chart, cost_chart, curves_chart, importance_chart, interactions_chart,
                             landscape_chart, levels_chart, parallel_chart, ranking_chart, responses_chart, study_labels, timeline_chart, total_cost)
+from .adaptive import pause_epochs
 from .core import METRICS, atomic_path, show_score
 from .details import Details, shown_record, study_details
 from .evaluation import targets_chart
 from .metamodel import is_vague
-from .reader import StudyReader, read_study
+from .progress import progress_bar
+from .reader import StudyReader, no_model, paused_after, read_study
 
 # %% auto #0
 __all__ = ['write_site', 'all_details', 'write_report']
@@ -82,7 +84,7 @@ def _study_cards(study: StudyReader) -> list[tuple[str, str]]:
     "The answer at a glance"
     show, final = (lambda v: '–' if v is None or not math.isfinite(v) else _score(study)(v)), study.final or {}
     return [('predicted', _plus_minus(study, *_predicted(study, study.best))), ('reached', show(final.get('val_score'))), ('tested, once', show(final.get('test_score'))),
-            ('cost, of all in full', _cost_text(study)), ('state', 'finished' if final else 'not finished')]
+            ('cost, of all in full', _cost_text(study)), ('state', 'finished' if study.is_finished else 'not finished')]
 
 # %% ../nbs/80_report.ipynb #80report00a
 def _methods(study: StudyReader) -> str:
@@ -91,11 +93,18 @@ def _methods(study: StudyReader) -> str:
     text = f'a budget of {s["budget"]:g} FTE' if s.get('budget') else f'successive levels, the best {s["promote"]:.0%} go on'
     return f'{text}, {s["design"]} design{", warm-started" if s.get("warm_start") else ""}{", pilot chose the levels" if s.get("choose_levels") else ""}'
 
+def _pauses(study: StudyReader) -> str: # Empty without a budget
+    "When probes may pause"
+    s = study.study['settings']
+    if not s.get('budget'): return ''
+    epochs = pause_epochs(study.n_epochs, s.get('pauses', ()))[:-1]
+    return f'; pauses after {" and ".join(map(str, epochs))} of {study.n_epochs} epochs' if epochs else '; no pauses'
+
 def _facts(study: StudyReader) -> list[tuple[str, str]]:
     "How a study was computed"
     s, probe = study.study, study.study['settings']['probe']
     rows = [('data set', f'{s["dataset"]}, {study.n_train} training and {study.n_val} validation samples, fingerprint {s["fingerprint"]}'), ('architecture', study.space.architecture),
-            ('search', f'{_methods(study)}; levels {", ".join(f"{l:g}" for l in study.levels)}; subsets {probe["strategy"]}; seed {study.seed}'),
+            ('search', f'{_methods(study)}{_pauses(study)}; levels {", ".join(f"{l:g}" for l in study.levels)}; subsets {probe["strategy"]}; seed {study.seed}'),
             ('training', ', '.join(f'{k} {v}' for k, v in probe['train'].items())),
             ('begun, last probe', f'{s["created_at"]}, {study.timeline["finished_at"].iloc[-1] if len(study.timeline) else "none yet"}'), ('versions', ', '.join(f'{k} {v}' for k, v in s['versions'].items()))]
     if study.result:
@@ -105,20 +114,23 @@ def _facts(study: StudyReader) -> list[tuple[str, str]]:
     return rows
 
 # %% ../nbs/80_report.ipynb #80report00b
-def _order(study: StudyReader) -> list[str]: # config_ids
-    "All configs: best prediction first, then the paused by what was seen, those not probed last"
-    paused = sorted((r for r in study.probes if r['status'] == 'paused'), key=lambda r: (-r['level'], -r['val_score']))
-    return list(dict.fromkeys([*study.ranking().index, *(r['config_id'] for r in paused), *study.configs]))
-
 def _config_rows(study: StudyReader) -> tuple[list[str], list[list[_Cell]], int|None]: # Columns, rows, position of the best
     "The table of all configs, in their order"
     ranking, names, rows, paused = study.ranking(), list(study.space.names), [], {r['config_id']: r for r in study.probes if r['status'] == 'paused'}
-    for config in (order := _order(study)):
+    for config in (order := study.order):
         r = ranking.loc[config] if config in ranking.index else dict(mean=None, std=None, val_score=None, level=None, status='not probed') | paused.get(config, {})
-        show = _score(study)
-        rows.append([_Cell(config[:8], href=f'{config}.html', kind='id'), _number(r['mean'], show), _number(r['std'], show), _number(r['val_score'], show), _number(r['level']), _Cell(r['status']),
+        show, status = _score(study), f'paused {paused_after(r)}' if r['status'] == 'paused' else r['status']
+        rows.append([_Cell(config[:8], href=f'{config}.html', kind='id'), _number(r['mean'], show), _number(r['std'], show), _number(r['val_score'], show), _number(r['level']), _Cell(status),
                      *(_value(study.configs[config].get(n)) for n in names)])
     return ['config', f'predicted {METRICS[study.metric]}', '±', 'seen', 'at level', 'status', *names], rows, order.index(study.best) if study.best else None
+
+def _full_trainings(study: StudyReader) -> dict[str, Any]|None: # None where there is nothing to choose from
+    "Which config was chosen, of several that were trained in full"
+    if len(study.finals) < 2: return None
+    show = _score(study)
+    rows = [[_Cell(r['config_id'][:8], href=f'{r["config_id"]}.html', kind='id'), _Cell(r['status']), _number(r['val_score'], show), _number(r['val_loss']),
+             _Cell(('chosen' if study.is_finished else 'best so far') if r is study.final else '')] for r in study.finals]
+    return _table('finals', 'Trained in full', ['config', 'status', f'validation {METRICS[study.metric]}', 'validation loss', 'choice'], rows, study.finals.index(study.final))
 
 def _ledger(study: StudyReader) -> dict[str, Any]:
     "What was spent where"
@@ -129,16 +141,17 @@ def _ledger(study: StudyReader) -> dict[str, Any]:
 # %% ../nbs/80_report.ipynb #80report00c
 def _study_page(study: StudyReader) -> dict[str, Any]:
     "What `study.html` shows"
+    paused = ' Paused ones have the score that they paused with.'*any(r['status'] == 'paused' for r in study.probes)
     score, low = METRICS[study.metric], f'level {min(study.levels):g}'
-    scores = [(levels_chart(study), f'Validation {score} of each config against its level, and what is predicted for the best.'), (ranking_chart(study), 'The best predicted configs: what was seen, what is predicted at level 1.'),
+    scores = [(levels_chart(study), f'Validation {score} of each config against its level, and what is predicted for the best.{" An open star was reached in full, but not chosen."*(len(study.finals) > 1)}'), (ranking_chart(study), 'The best predicted configs: what was seen, what is predicted at level 1.'),
               (curves_chart(study), f'Validation {score} by epoch at {low}.'), (responses_chart(study), f'Rise of the validation loss under filter-normalised noise at {low}, mean over directions; coloured by {score}.')]
     mattered = [(importance_chart(study), 'Share of the scores\' variation that each hyper-parameter has a part in.'), (interactions_chart(study), 'Share of the predictions\' variance that pairs explain only together.')]
-    search = [(timeline_chart(study), 'Each probe when it was finished, with the best so far of each level.'), (cost_chart(study), 'Cost by part, beside that of training every tried config in full.')]
+    search = [(timeline_chart(study), f'Each probe when it was finished, with the best so far of each level.{" Open points are of paused probes." if paused else ""}'), (cost_chart(study), 'Cost by part, beside that of training every tried config in full.')]
     charts = {name: [_chart(*c) for c in group] for name, group in dict(scores=scores, mattered=mattered, search=search).items()}
-    charts['parallel'] = _chart(parallel_chart(study), f'Every config across its hyper-parameters, coloured by its {score} at {low}. Drag along an axis to choose.', wide=True)
+    charts['parallel'] = _chart(parallel_chart(study), f'Every config across its hyper-parameters, coloured by its {score} at {low}.{paused} Drag along an axis to choose.', wide=True)
     columns, rows, best = _config_rows(study)
-    return dict(headline=f'{study.design()} each.', cards=_study_cards(study), remark=_remark(study), best=study.best, best_values=_values(study, study.best), finished=bool(study.final), charts=charts, facts=_facts(study),
-                table=_table('configs', 'All configs, best prediction first', columns, rows, best), ledger=_ledger(study))
+    return dict(headline=f'{study.design()}.', cards=_study_cards(study), remark=_remark(study), best=study.best, best_values=_values(study, study.best), finished=study.is_finished, charts=charts, facts=_facts(study),
+                full_trainings=_full_trainings(study), table=_table('configs', 'All configs, best prediction first', columns, rows, best), ledger=_ledger(study))
 
 def _values(study: StudyReader, config: str|None) -> list[tuple[str, str]]:
     "A config's hyper-parameters as text"
@@ -148,9 +161,9 @@ def _values(study: StudyReader, config: str|None) -> list[tuple[str, str]]:
 def _probe_table(study: StudyReader, config: str) -> dict[str, Any]:
     "A config's records"
     show, records = _score(study), [r for r in study.records if r['config_id'] == config]
-    rows = [[_number(r['level']), _Cell('full training' if r['purpose'] == 'final' else 'probe'), _Cell(r['status'] if not r['error'] else f'{r["status"]}: {r["error"]}'), _number(r['val_score'], show), _number(r['val_loss']),
+    rows = [[_number(r['level']), _Cell('full training' if r['purpose'] == 'final' else 'probe'), _Cell(r['status'] if not r['error'] else f'{r["status"]}: {r["error"]}'), _number(len(r['curve']) or None), _number(r['val_score'], show), _number(r['val_loss']),
              _number(r['n_samples']), _number(study.fte(r), '{:.2f}'.format), _number(r['seconds'], '{:.2f}'.format)] for r in records]
-    return _table('probes', 'Probes of this config', ['level', 'what', 'status', f'validation {METRICS[study.metric]}', 'validation loss', 'samples', 'FTE', 'seconds'], rows)
+    return _table('probes', 'Probes of this config', ['level', 'what', 'status', 'epochs', f'validation {METRICS[study.metric]}', 'validation loss', 'samples', 'FTE', 'seconds'], rows)
 
 def _details_page(found: Details) -> dict[str, Any]:
     "What the model shows, for `config.html`"
@@ -173,13 +186,16 @@ def _config_page(study: StudyReader, config: str, order: list[str], found: Detai
     record, place, show = shown_record(study, config), order.index(config), _score(study)
     seen = max((r for r in study.probes if r['config_id'] == config), key=lambda r: r['level'], default=None)
     charts, cards = [], [('predicted', _plus_minus(study, *_predicted(study, config)))]
-    if seen: cards.append((f'seen at level {seen["level"]:g}', _number(seen['val_score'], show).text))
-    if record and record['purpose'] == 'final': cards += [('reached', _number(record['val_score'], show).text), ('tested, once', _number(record['test_score'], show).text)]
-    if seen:
-        charts = [_chart(config_curves_chart(study, config), f'Validation {METRICS[study.metric]} by epoch at each level.'), _chart(levels_chart(study, [config]), 'Against its level, among the others.'),
-                  _chart(responses_chart(study, seen['level'], [config]), f'Rise of the validation loss under noise at level {seen["level"]:g}, among the others.')]
-    details = None if found is None else dict(reason=found.reason.rstrip('.')) if found.reason else _details_page(found)
-    return dict(config=config, is_best=config == study.best, finished=bool(study.final), cards=[*cards, ('rank', f'{place+1} of {len(order)}')], values=_values(study, config), probes=_probe_table(study, config), charts=charts,
+    if seen: cards.append((f'seen at level {seen["level"]:g}{", " if paused_after(seen) else ""}{paused_after(seen)}', _number(seen['val_score'], show).text))
+    if record and record['purpose'] == 'final': cards.append(('reached', _number(record['val_score'], show).text))
+    if record and record['test_score'] is not None: cards.append(('tested, once', _number(record['test_score'], show).text))
+    if config in (ranked := study.ranking().index): cards.append(('rank', f'{place+1} of {len(ranked)} predicted'))
+    if seen: charts = [_chart(config_curves_chart(study, config), f'Validation {METRICS[study.metric]} by epoch at each level.')]
+    if config in ranked: charts.append(_chart(levels_chart(study, [config]), 'Against its level, among the others.'))
+    if seen and seen['responses']: charts.append(_chart(responses_chart(study, seen['level'], [config]), f'Rise of the validation loss under noise at level {seen["level"]:g}, among the others.'))
+    reason = no_model(record) if record else 'it was not probed yet'
+    details = dict(reason=(found.reason if found else reason).rstrip('.')) if reason or (found and found.reason) else _details_page(found) if found else None
+    return dict(config=config, is_best=config == study.best, finished=study.is_finished, cards=cards, values=_values(study, config), probes=_probe_table(study, config), charts=charts,
                 before=order[place-1] if place else None, after=order[place+1] if place+1 < len(order) else None, details=details, source=_source(found) if found and found.evaluation else '',
                 seconds=f'{record["seconds"]:.1f} s' if record else 'some time')
 
@@ -189,11 +205,12 @@ def _index_table(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[s
     rows = []
     for study, label, href in zip(studies, study_labels(studies), hrefs):
         show, probes = _score(study), [r for r in study.probes if r['val_score'] is not None and math.isfinite(r['val_score'])]
-        score, level = max(((r['val_score'], r['level']) for r in probes), default=(None, None))
+        best = max(probes, key=lambda r: (r['val_score'], r['level']), default=None)
+        seen = _Cell('–', '') if best is None else _Cell(f'{show(best["val_score"])} {METRICS[study.metric]} at level {best["level"]:g}{", " if paused_after(best) else ""}{paused_after(best)}', best['val_score'])
         spent, last = total_cost(study), study.timeline['finished_at'].iloc[-1] if len(study.timeline) else study.study['created_at']
-        rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(study.space.architecture), _number(len(study.configs)), _Cell(METRICS[study.metric]), _number(score, lambda score: f'{show(score)} at level {level:g}'),
-                     _number(_predicted(study, study.best)[0], show), _number(spent, '{:.2f}'.format), _Cell('finished' if study.final else 'not finished'), _Cell(last[:16].replace('T', ' '))])
-    return _table('studies', 'Studies', ['study', 'data set', 'architecture', 'configs', 'metric', 'best probe', 'predicted', 'FTE', 'state', 'last probe'], rows)
+        rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(study.space.architecture), _number(len(study.configs)), seen,
+                     _number(_predicted(study, study.best)[0], show), _number(spent, '{:.2f}'.format), _Cell(f'{"finished" if study.is_finished else "not finished"}, {last[:16].replace("T", " ")}')])
+    return _table('studies', 'Studies', ['study', 'data set', 'architecture', 'configs', 'best probe', 'predicted', 'FTE', 'state, last probe'], rows)
 
 def _compare_page(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[str, Any]:
     "What `compare.html` shows"
@@ -237,6 +254,7 @@ def write_site(
     out: str|Path, # Folder of the site; what is in it stays unless it has the same name
     details: Sequence[dict[str, Details]], # Of each study, by config_id
     version: str = '', # Of a served site, whose pages ask whether it is still theirs
+    on_study: Callable[[StudyReader], None] = lambda study: None, # Called before a study's pages are written
 ) -> Path: # Its index.html
     "Write every page from what was read"
     out, names = Path(out), _folder_names(studies)
@@ -245,8 +263,9 @@ def write_site(
         _write(out/path, _JINJA.get_template(template).render(common | values))
     _write_assets(out)
     for study, name, label, found in zip(studies, names, study_labels(studies), details):
+        on_study(study)
         page('study.html', f'{name}/index.html', name=label, **_study_page(study))
-        order = _order(study)
+        order = study.order
         for config in order: page('config.html', f'{name}/{config}.html', name=label, **_config_page(study, config, order, found.get(config)))
     hrefs = [f'{name}/index.html' for name in names]
     if len(studies) > 1: page('compare.html', 'compare.html', **_compare_page(studies, hrefs))
@@ -256,18 +275,26 @@ def write_site(
 def all_details(
     studies: Sequence[StudyReader],
     seconds: float, # In all; what one study leaves is for the next ones
+    on_study: Callable[[StudyReader], None] = lambda study: None, # Called before a study's models are looked at
 ) -> list[dict[str, Details]]: # Of each study, by config_id
     "What models show, for all studies within one limit"
     found, end = [], time.monotonic()+seconds
-    for i, study in enumerate(studies): found.append(dict(study_details(study, (end-time.monotonic())/(len(studies)-i))))
+    for i, study in enumerate(studies):
+        on_study(study)
+        found.append(dict(study_details(study, (end-time.monotonic())/(len(studies)-i))))
     return found
 
 def write_report(
     folders: str|Path|Sequence[str|Path], # Of studies, finished or running
     out: str|Path, # Folder of the site
     details: float = 20.0, # Seconds for landscapes and answers of trained models, shared by all studies
+    progress: bool = True, # Show a bar where there are several?
 ) -> Path: # Its index.html; raises `InputError` for a folder without a study
     "Write the site of some studies"
     folders = [folders] if isinstance(folders, (str, Path)) else list(dict.fromkeys(map(str, folders)))
     studies = [read_study(folder) for folder in folders]
-    return write_site(studies, out, all_details(studies, details))
+    steps, n = itertools.count(), len(studies)
+    with progress_bar('report', 2*n, show=progress and n > 1) as bar:
+        def begin(study: StudyReader) -> None:
+            bar.show(step := next(steps), study.name, f'{"models" if step < n else "pages"} of study {step % n+1}/{n}')
+        return write_site(studies, out, all_details(studies, details, begin), on_study=begin)

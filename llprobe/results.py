@@ -27,7 +27,7 @@ def study_figures(
     with open_store(Path(folder)/'study.db', read_only=True) as store:
         probes, responses, curves = (getattr(store, f'{kind}_frame')(result['study']) for kind in ('probe', 'response', 'curve'))
     low, best, seed = min(result['levels']), result['best_config_id'], f'{result["n_configs"]} configs, one seed ({result["seed"]})'
-    scores, metric, name = probes[probes['level'] == low].set_index('config_id')['val_score'], result['metric'], METRICS[result['metric']]
+    scores, metric, name = probes[(probes['level'] == low) & (probes['status'] != 'paused')].set_index('config_id')['val_score'], result['metric'], METRICS[result['metric']]
     table = pd.DataFrame(result['predictions']).drop(columns='config')
     yield 'levels', f'Validation {name} of each config against its level; {seed}.', plot_levels(probes, result), probes
     yield 'predictions', f'Validation {name} seen at each config\'s highest level and predicted at level 1; {seed}.', plot_predictions(result), table

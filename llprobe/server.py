@@ -28,6 +28,8 @@ class LiveSite:
         self.found, self._detailed = [{} for _ in self.studies], []
         self.write()
 
+    def __repr__(self) -> str: return f'LiveSite({", ".join(repr(study.name) for study in self.studies)} in {str(self.out)!r})'
+
     def write(self) -> None:
         "Write the site under a new version"
         version = digest([time.time(), str(self.out)])
@@ -38,7 +40,7 @@ class LiveSite:
         "Write the site if a study has news, or was finished and has no details yet"
         news = any([study.refresh() for study in self.studies])
         for study, found in zip(self.studies, self.found):
-            if study.final and study not in self._detailed:
+            if study.is_finished and study not in self._detailed:
                 self._detailed.append(study)
                 found |= dict(study_details(study, self.details))
                 news = news or bool(found)

@@ -93,10 +93,10 @@ def plot_levels(
     probes: pd.DataFrame, # One row a probe: config_id, level, purpose, val_score, status
     result: dict[str, Any], # Content of result.json
 ) -> Figure:
-    "Validation score against the level, with the prediction and what was reached"
+    "Validation score against the level, with the prediction and what was reached; paused probes have no score of their level yet"
     figure, axis = _figure()
     best, key = result['best_config_id'], score_key('val', result['metric'])
-    for config, rows in probes[probes.purpose == 'probe'].sort_values('level').groupby('config_id'):
+    for config, rows in probes[(probes.purpose == 'probe') & (probes.status != 'paused')].sort_values('level').groupby('config_id'):
         axis.plot(rows['level'], rows['val_score'], marker='o', ms=3, **_line_style(config == best))
     predicted, reached = result['predicted'], result['reached']
     axis.errorbar(0.96, predicted[key], 2*predicted['std'], fmt='D', ms=5, capsize=3, color=COLOURS['orange'], label='predicted, ± 2 deviations')

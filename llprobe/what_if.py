@@ -47,13 +47,15 @@ class WhatIf:
     ):
         rows = [r for r in study.records if r['status'] != 'crashed' and r['val_score'] is not None and np.isfinite(r['val_score'])]
         if (n := len({r['config_id'] for r in rows})) < 4: raise InputError(f'a prediction for untried configs needs 4 tried ones, and {study.name!r} has {n}: probe more')
-        self.space, self.chance = study.space, study.chance
+        self.name, self.n_records, self.space, self.chance = study.name, len(rows), study.space, study.chance
         scores = [study.chance if r['status'] == 'diverged' else r['val_score'] for r in rows]
         level = np.log([r['level'] for r in rows])
         x, z = self.space.encode([r['config'] for r in rows]), log_odds_error(np.array(scores), study.n_val, study.chance)[0]
         exponent, spread = study.metamodel().spread
         self._distance_std = spread*-level.max()
         with one_thread(): self._gp = FidelityGP(x.shape[1]).fit(x, fidelities(rows), z+exponent*level)
+
+    def __repr__(self) -> str: return f'WhatIf({self.name!r}, from {self.n_records} trainings)'
 
     def predict(self,
         configs: Sequence[dict[str, Any]], # n, of the space

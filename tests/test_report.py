@@ -127,6 +127,23 @@ def test_a_study_that_has_just_begun_has_pages(tmp_path, budget):
     assert 'not finished' in (tmp_path/'site'/'digits'/'index.html').read_text()
 
 
+def test_pauses_and_several_full_trainings_are_told(tmp_path):
+    "Of each score after how many epochs; what a paused config cannot have is not offered"
+    run_study('digits', tmp_path/'study', SPACE, settings(budget=6.0, probe=ProbeSettings(train=TrainSettings(n_epochs=6))), n_workers=1, progress=False)
+    study = read_study(tmp_path/'study')
+    paused = next(r for r in study.probes if r['status'] == 'paused')
+    second = next(c for c in study.ranking().index if c != study.best)
+    with open_store(tmp_path/'study'/'study.db') as store:
+        store.add_probe('digits', study.final | dict(config=study.configs[second], config_id=second, val_score=study.final['val_score']/2, test_score=None, test_loss=None))
+    write_report(tmp_path/'study', tmp_path/'site')
+    page, shown, other = ((tmp_path/'site'/'digits'/f'{name}.html').read_text() for name in ('index', paused['config_id'], second))
+    assert 'pauses after 2 and 4 of 6 epochs' in page and 'up to 6 epochs each' in page and f'paused after {len(paused["curve"])} epochs' in page
+    assert 'Trained in full' in page and page.count('>chosen<') == 1
+    assert f'seen at level {paused["level"]:g}, after {len(paused["curve"])} epochs' in shown
+    assert 'it has no model to look at' in shown and '--details' not in shown and shown.count('class="plot"') == 1
+    assert 'reached' in other and 'tested, once' not in other and 'of the validation part' in other
+
+
 # --- in a browser ------------------------------------------------------------------------------------------------
 
 def wait(driver, condition, seconds: float = 30):
@@ -244,6 +261,12 @@ def test_the_keyboard_reaches_the_content_and_sorts(browser, site):
     assert find(browser, '#studies th')[0].get_attribute('aria-sort') == 'ascending'
     press(Keys.ENTER)
     assert find(browser, '#studies th')[0].get_attribute('aria-sort') == 'descending'
+
+
+@pytest.mark.browser
+def test_the_table_of_studies_fits_a_desk(browser, site):
+    browser.get((site/'index.html').as_uri())
+    assert browser.execute_script('const t = document.querySelector(".scroll"); return t.scrollWidth-t.clientWidth') == 0
 
 
 @pytest.mark.browser

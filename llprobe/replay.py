@@ -102,7 +102,9 @@ class Run:
         self._stop = np.where(finite.all(2), finite.shape[2]-1, np.argmin(finite, 2)) # (n, L) the first NaN, or the end
 
     @property
-    def n(self) -> int: return len(self.table.encoded)
+    def n(self) -> int: # Rows of the table
+        "How many configs there are"
+        return len(self.table.encoded)
 
     def increment(self, config: int, level: int, epoch: int) -> float: # FTE
         "What `evaluate` would charge"

@@ -32,6 +32,7 @@ class ReplayTable:
     floor: float|None = None # Score of a model that is worth nothing; by default what the median config reaches
 
     def __post_init__(self) -> None: _check(self)
+    def __repr__(self) -> str: return f'ReplayTable({self.name!r}: {len(self.encoded)} configs, {len(self.levels)} levels, {len(self.epochs)} numbers of epochs)'
 
     @property
     def digest(self) -> str: # 16 hexadecimal digits

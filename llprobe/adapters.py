@@ -9,8 +9,9 @@ from typing import Any
 import sqlalchemy as sa
 from ConfigSpace.hyperparameters import Hyperparameter, UniformFloatHyperparameter, UniformIntegerHyperparameter
 from .core import InputError
-from .peers import _need
+from .peers import optional_package
 from .space import SearchSpace, _choices
+from .probe import ended
 from .store import Store, study_key
 
 # %% auto #0
@@ -31,17 +32,23 @@ def _steps_per_full(levels: set[float]) -> int: # 100, 1000 … a million
     return next((unit for unit in units if all(abs(level*unit-round(level*unit)) < 1e-6 for level in levels)), 10**6)
 
 # %% ../nbs/66_adapters.ipynb #66adapters00b
-_IDENTITY = 'config_id', 'level', 'purpose', 'status' # User attributes by which a trial is known again; a paused one may have gone on
+_IDENTITY = 'config_id', 'level', 'purpose' # User attributes by which a trial is known again
+
+def _step(record: dict, unit: int) -> int: # At least 1
+    "The share of a full training that a probe has seen"
+    share = len(record['curve'])/record['n_epochs'] if record['status'] == 'paused' else 1
+    return max(1, round(record['level']*share*unit))
 
 def _trial(optuna: Any, space: SearchSpace, records: list[dict], predicted: float|None, unit: int) -> Any: # An `optuna.trial.FrozenTrial`
     "All records of one config"
     records = sorted(records, key=lambda r: (r['level'], r['purpose'] == 'final'))
     last, config, states = records[-1], records[-1]['config'], optuna.trial.TrialState
-    scores = {round(r['level']*unit): math.nan if r['val_score'] is None else r['val_score'] for r in records}
+    scores = {_step(r, unit): math.nan if r['val_score'] is None else r['val_score'] for r in records}
     value = list(scores.values())[-1]
     failed = last['status'] == 'crashed' or math.isnan(value)
     state = states.FAIL if failed else states.PRUNED if last['status'] == 'paused' else states.COMPLETE
-    attributes = {name: last[name] for name in _IDENTITY}
+    attributes = {name: last[name] for name in (*_IDENTITY, 'status')}
+    if last['status'] == 'paused': attributes['epochs'] = len(last['curve'])
     if predicted is not None and math.isfinite(predicted): attributes['predicted'] = predicted
     return optuna.trial.create_trial(state=state, value=None if failed else value, params=config,
         distributions={name: _distribution(optuna, space.configspace[name]) for name in config}, intermediate_values=scores, user_attrs=attributes)
@@ -65,8 +72,8 @@ def to_optuna(
     storage: str|None = None, # URL of Optuna's database, such as sqlite:///optuna.db; None keeps the study in memory
 ) -> tuple[Any, int]: # An `optuna.Study`, to be maximised, and how many of its trials are new. Raises `InputError` without Optuna, or if the storage has another study of that name
     "Export a study to Optuna, or what is new in it"
-    optuna, row, found, predictions = _need('optuna'), store.study(study), {}, store.predictions(study)
-    for record in store.probes(study): found.setdefault(record['config_id'], []).append(record)
+    optuna, row, found, predictions = optional_package('optuna'), store.study(study), {}, store.predictions(study)
+    for record in store.probes(study) if store.result(study) else ended(store.probes(study)): found.setdefault(record['config_id'], []).append(record)
     space = SearchSpace.from_dict(row['space'])
     predicted = dict(predictions[predictions['level'] == 1][['config_id', 'mean']].itertuples(index=False)) # the last one stays
     unit = _steps_per_full({*row['settings'].get('levels', ()), *(r['level'] for records in found.values() for r in records)}) # also for levels to come

@@ -4,13 +4,25 @@
 
 # %% ../nbs/90_cli.ipynb #90cli003
 from __future__ import annotations
-import argparse, importlib.metadata, os, sys, time
+import argparse, contextlib, importlib.metadata, math, os, signal, sys, threading, time, warnings
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Any, Iterator, NoReturn, Sequence
 from .core import InputError, show_value
 
 # %% auto #0
 __all__ = ['parser', 'run', 'status', 'report', 'datasets', 'explain', 'export', 'main']
+
+# %% ../nbs/90_cli.ipynb #90clin20
+class _Parser(argparse.ArgumentParser):
+    "Arguments that cannot be read cost one sentence, like any other input"
+    def error(self, message: str) -> NoReturn: raise InputError(f'{message.removeprefix("argument ")} (see {self.prog} --help)')
+
+def _number(text: str, kind: type = float) -> float:
+    "What an option's text means"
+    try: return kind(text)
+    except ValueError: raise argparse.ArgumentTypeError(f'needs a {"whole " if kind is int else ""}number, got {text!r}') from None
+
+def _whole(text: str) -> int: return _number(text, int)
 
 # %% ../nbs/90_cli.ipynb #90cli005
 def _add_run(commands: argparse._SubParsersAction) -> None:
@@ -19,15 +31,15 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
                             description='Run a study, or resume it: the same command continues where an earlier one stopped.')
     p.add_argument('--dataset', default='digits', help='name (see `llprobe datasets`) or a folder of images, one sub-folder a class')
     p.add_argument('--out', type=Path, default=Path('runs/study'), help='folder of the study: database, weights, figures, report, result.json')
-    p.add_argument('--levels', type=float, nargs='+', default=[0.1, 0.2, 0.3, 0.4], help='fractions of the training data, in (0, 1]')
-    p.add_argument('--configs', type=int, default=16, help='how many configs to try')
-    p.add_argument('--budget', type=float, help='full trainings to spend in all: search within it for what to probe next, instead of successive levels')
+    p.add_argument('--levels', type=_number, nargs='+', default=[0.1, 0.2, 0.3, 0.4], help='fractions of the training data, in (0, 1]')
+    p.add_argument('--configs', type=_whole, default=argparse.SUPPRESS, dest='n_configs', metavar='CONFIGS', help='without a budget: how many configs to try (default: 16)')
+    p.add_argument('--budget', type=_number, help='full trainings to spend in all: search within it for what to probe next, instead of successive levels')
     p.add_argument('--warm-start', type=Path, nargs='+', action='extend', default=[], metavar='FOLDER', help='folders of other studies, finished or begun, on other data: begin with what they learnt')
-    p.add_argument('--choose-levels', action='store_true', help='with a budget: a pilot of 8 configs chooses the level that the others begin at')
-    p.add_argument('--pauses', type=float, nargs='*', default=[0.33, 0.67], metavar='SHARE', help='with a budget: shares of the epochs after which a probe at the lowest level may pause, to be continued if it looks promising; without a number probes never pause')
-    p.add_argument('--promote', type=float, default=0.5, help='share of configs that goes on to the next level; 1 keeps all')
-    p.add_argument('--epochs', type=int, default=10, help='epochs of every training')
-    p.add_argument('--seed', type=int, default=0, help='of the split, the subsets, the weights, the noise and the design')
+    p.add_argument('--choose-levels', action='store_true', default=argparse.SUPPRESS, help='with a budget: a pilot of 8 configs chooses the level that the others begin at')
+    p.add_argument('--pauses', type=_number, nargs='*', default=argparse.SUPPRESS, metavar='SHARE', help='with a budget: shares of the epochs after which a probe at the lowest level may pause, to be continued if it looks promising; without a number probes never pause (default: 0.33 0.67)')
+    p.add_argument('--promote', type=_number, default=argparse.SUPPRESS, help='without a budget: share of configs that goes on to the next level; 1 keeps all (default: 0.5)')
+    p.add_argument('--epochs', type=_whole, default=10, help='epochs of every training')
+    p.add_argument('--seed', type=_whole, default=0, help='of the split, the subsets, the weights, the noise and the design')
     p.add_argument('--space', type=Path, help='YAML or JSON file of the search space; by default that of the architecture or training')
     p.add_argument('--architecture', help='name, timm:model, or package.module:function; by default the space\'s, else simple_cnn (images) or mlp (features)')
     p.add_argument('--training', help='package.module:function (config, subset, seed) -> (curve, model) that trains in place of llprobe')
@@ -42,7 +54,7 @@ def _add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument('--augment', default='none', help='none, flip or flip_crop')
     p.add_argument('--device', default='auto', help='cpu, cuda, or auto')
     p.add_argument('--population', help='auto, stack or alone: which probes train together; by default auto on a GPU and alone on a CPU')
-    p.add_argument('--jobs', type=int, help='probes at once; by default one per core')
+    p.add_argument('--jobs', type=_whole, help='probes at once; by default one per core')
     p.add_argument('--track', action='append', default=[], metavar='WHERE', help='log to mlflow:URI, such as mlflow:sqlite:///mlflow.db, or to tensorboard:FOLDER as well; may be given again')
     p.add_argument('--wait', action='store_true', help='wait while another process drives this study')
     p.add_argument('--quiet', action='store_true', help='no progress bars')
@@ -66,15 +78,15 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser('report', help='write or serve a site of studies, finished or running', description='Write a site of studies, finished or running: a folder of pages that opens without a network.')
     p.add_argument('studies', type=Path, nargs='+', metavar='FOLDER', help='of a study, or above several')
     p.add_argument('-o', '--out', type=Path, metavar='DIR', help='folder of the site; by default report/ in the one FOLDER, or with --serve a temporary one')
-    p.add_argument('--details', type=float, default=20.0, metavar='SECONDS', help='time for landscapes and answers of trained models, the chosen config first (default: 20)')
+    p.add_argument('--details', type=_number, default=20.0, metavar='SECONDS', help='time for landscapes and answers of trained models, the chosen config first (default: 20)')
     p.add_argument('--serve', action='store_true', help='serve the site on 127.0.0.1, and follow studies that are running')
-    p.add_argument('--port', type=int, default=8765, help='of --serve; 0 for any that is free (default: 8765)')
+    p.add_argument('--port', type=_whole, default=8765, help='of --serve; 0 for any that is free (default: 8765)')
     p.set_defaults(command=report)
 
 # %% ../nbs/90_cli.ipynb #90cli006
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments"
-    p = argparse.ArgumentParser('llprobe', description='Find good hyper-parameters from cheap trainings on a fraction of the data and from how the loss responds when the weights are shaken.')
+    p = _Parser('llprobe', description='Find good hyper-parameters from cheap trainings on a fraction of the data and from how the loss responds when the weights are shaken.')
     p.add_argument('--version', action='version', version=f'llprobe {importlib.metadata.version("llprobe")}')
     commands = p.add_subparsers(required=True, metavar='command')
     _add_run(commands)
@@ -84,6 +96,16 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../nbs/90_cli.ipynb #90cli008
+_WITHIN, _WITHOUT = dict(pauses='--pauses', choose_levels='--choose-levels'), dict(n_configs='--configs', promote='--promote') # a budget
+
+def _check_say(args: argparse.Namespace) -> None:
+    "Refuse what would have no say"
+    if args.budget is not None and not 0 < args.budget < math.inf:
+        raise InputError(f'a budget is how many full trainings to spend in all, such as 4: give a finite number above 0, got {args.budget:g}')
+    for name, option in (_WITHIN if args.budget is None else _WITHOUT).items():
+        if name in args: raise InputError(f'{option} has no say {"without" if args.budget is None else "within"} a budget: leave it out{", or give --budget" if args.budget is None else ""}')
+    if args.training and getattr(args, 'pauses', None): raise InputError('training of your own never pauses: leave out --pauses')
+
 def _settings(args: argparse.Namespace):
     "The study that the arguments describe"
     from llprobe.probe import ProbeSettings
@@ -91,8 +113,8 @@ def _settings(args: argparse.Namespace):
     from llprobe.training import TrainSettings
     train = TrainSettings(n_epochs=args.epochs, schedule=args.schedule, augment=args.augment, device=args.device)
     probe = ProbeSettings(architecture=args.architecture, strategy=args.strategy, train=train, training=args.training)
-    return StudySettings(tuple(args.levels), args.configs, args.design, args.promote, args.seed, probe, args.budget, population=args.population, choose_levels=args.choose_levels, pauses=tuple(args.pauses),
-                         warm_start=tuple(args.warm_start))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in (*_WITHIN, *_WITHOUT)}
+    return StudySettings(tuple(args.levels), design=args.design, seed=args.seed, probe=probe, budget=args.budget, population=args.population, warm_start=tuple(args.warm_start), **given)
 
 def _space(args: argparse.Namespace):
     "The space that the arguments name; None leaves it to the architecture"
@@ -102,6 +124,7 @@ def _space(args: argparse.Namespace):
 # %% ../nbs/90_cli.ipynb #90cli009
 def run(args: argparse.Namespace) -> None:
     "Run or resume a study, and show what came out"
+    _check_say(args)
     from llprobe.study import run_study
     sys.path.insert(0, str(Path.cwd())) # a model of one's own may lie in this folder
     start = time.perf_counter()
@@ -137,15 +160,30 @@ def _print_table(result: dict, seconds: float) -> None:
 # %% ../nbs/90_cli.ipynb #90cli00b
 def status(args: argparse.Namespace) -> None:
     "Show how far a study is"
-    from llprobe.core import METRICS, show_score
     for store, name in _studies(args.out):
-        frame, metric = store.probe_frame(name), store.study(name)['metric']
-        print(f'{name}: {len(store.configs(name))} configs, {"finished" if (frame["purpose"] == "final").any() else "not finished"}')
-        if not len(frame): continue
-        table = frame.groupby(['purpose', 'level']).agg(probes=('status', 'size'), ok=('status', lambda s: (s == 'ok').sum()), paused=('status', lambda s: (s == 'paused').sum()),
-                                                        best=('val_score', 'max'), seconds=('seconds', 'sum'))
-        table['best'] = [show_score(score, metric) for score in table['best']]
-        print(table.rename(columns=dict(best=f'best {METRICS[metric]}')).round(1).to_string())
+        print(f'{name}: {len(store.configs(name))} configs, {"finished" if store.result(name) else "not finished"}')
+        if len(probes := store.probe_frame(name)): print(_standing(probes, store.curve_frame(name), store.study(name)['metric']).to_string())
+
+def _standing(probes, curves, metric: str): # A frame: a row for each purpose and level
+    "How many probes came to what end, and the best of those that went well"
+    import pandas as pd
+    from llprobe.core import METRICS
+    from llprobe.store import STATUSES
+    seen, rows = [status for status in STATUSES if status in {'ok', *probes['status']}], {}
+    for key, part in probes.groupby(['purpose', 'level']):
+        counts = {status: (part['status'] == status).sum() for status in seen}
+        rows[key] = dict(probes=len(part)) | counts | {f'best {METRICS[metric]}': _best(part, curves, metric), 'seconds': round(part['seconds'].sum(), 1)}
+    return pd.DataFrame.from_dict(rows, orient='index').rename_axis(['purpose', 'level'])
+
+def _best(part, curves, metric: str) -> str:
+    "The best score of whole trainings, or else of paused ones"
+    from llprobe.core import show_score
+    whole, paused = part[part['status'] == 'ok'], part[part['status'] == 'paused']
+    if len(whole): return show_score(whole['val_score'].max(), metric)
+    if not len(paused): return 'none'
+    best = paused.loc[paused['val_score'].idxmax()]
+    epochs = (curves[['config_id', 'level']] == best[['config_id', 'level']]).all(axis=1).sum()
+    return f'{show_score(best["val_score"], metric)} after {epochs} of {best["n_epochs"]} epochs'
 
 def _studies(out: Path) -> Iterator[tuple]: # The opened database and a study's name
     "What a folder holds"
@@ -187,8 +225,8 @@ def explain(args: argparse.Namespace) -> None:
         if table.attrs['oob_r2'] <= 0: print('that is no better than guessing: read what follows as a hint at most, and probe more configs')
         _print_frame('share of the variation', table)
         _print_frame('interactions', interactions(records, space).head(5))
-        for final in (r for r in records if r['purpose'] == 'final'):
-            _print_frame('chosen config: change of the predicted score with the typical value instead', why_chosen(records, space, final['config']))
+        if chosen := (store.result(name) or {}).get('best_config'):
+            _print_frame('chosen config: change of the predicted score with the typical value instead', why_chosen(records, space, chosen))
 
 def _print_frame(title: str, frame) -> None:
     "A table under its title"
@@ -211,14 +249,40 @@ def _export_optuna(args: argparse.Namespace) -> None:
         study, new = to_optuna(store, name, args.optuna)
         print(f'{name}: {len(study.trials)} trials, {new} new')
 
+# %% ../nbs/90_cli.ipynb #90clin21
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    "Each warning as one line"
+    def show(message: Any, *where: Any) -> None:
+        from llprobe.progress import between_bars
+        with between_bars(): print('llprobe:', ' '.join(str(message).split()), file=sys.stderr)
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+@contextlib.contextmanager
+def _lasting_interrupts() -> Iterator[None]:
+    "Repeat a Ctrl-C that Python dropped"
+    repeats, usual = [], sys.unraisablehook
+    def dropped(what: Any) -> None:
+        if what.exc_type is not KeyboardInterrupt: return usual(what)
+        repeats.append(threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)))
+        repeats[-1].start()
+    sys.unraisablehook = dropped
+    try:
+        yield
+        for repeat in repeats: repeat.join()
+    finally: sys.unraisablehook = usual
+
 # %% ../nbs/90_cli.ipynb #90cli011
 def main(
     argv: Sequence[str]|None = None, # Arguments; by default the process's own
 ) -> int: # Exit code
     "The console command"
-    args = parser().parse_args(argv)
+    args = argparse.Namespace(command=None)
     try:
-        args.command(args)
+        parser().parse_args(argv, args)
+        with _plain_warnings(), _lasting_interrupts(): args.command(args)
         sys.stdout.flush()
     except BrokenPipeError: # whoever reads, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # for what Python flushes at its exit

@@ -96,6 +96,8 @@ class CurveDatabase:
     name: np.ndarray # (data sets,)
     learner: np.ndarray # (learners,)
 
+    def __repr__(self) -> str: return f'CurveDatabase({len(self.name)} data sets, {len(self.learner)} learners, {len(self.n_train)} sizes)'
+
 def read_curves(
     path: str|Path, # An .npz file with the arrays of `CurveDatabase`
 ) -> CurveDatabase:

@@ -145,11 +145,19 @@ def learnt(self: PowerLawModel) -> pd.Series: # By feature, strongest first; emp
     return weights.loc[weights.abs().sort_values(ascending=False, kind='stable').index]
 
 @patch
-def _repr_html_(self: PowerLawModel) -> str:
-    if not hasattr(self, 'spread'): return '<p>PowerLawModel, not fitted yet</p>'
+def _summary(self: PowerLawModel) -> str:
+    "What was learnt, in half a sentence"
+    if not hasattr(self, 'spread'): return 'not fitted yet'
     source = f'{self.n_pairs} pairs of levels' if self.n_pairs >= self.min_pairs else f'the prior, since there are {self.n_pairs} of {self.min_pairs} pairs of levels'
-    strongest = self.learnt().head(8).rename('change of the exponent').to_frame()
-    return f'<p>Error falls with the data to the power of {self.spread[0]:.2f} ± {self.spread[1]:.2f}, from {source}.</p>{strongest.to_html(float_format="{:+.3f}".format) if len(strongest) else ""}'
+    return f'error falls with the data to the power of {self.spread[0]:.2f} ± {self.spread[1]:.2f}, from {source}'
+
+@patch
+def __repr__(self: PowerLawModel) -> str: return f'PowerLawModel({self._summary()})'
+
+@patch
+def _repr_html_(self: PowerLawModel) -> str:
+    strongest = self.learnt().head(8).rename('change of the exponent').to_frame() if hasattr(self, 'spread') else ()
+    return f'<p>{self._summary().capitalize()}.</p>{strongest.to_html(float_format="{:+.3f}".format) if len(strongest) else ""}'
 
 # %% ../nbs/51_metamodel.ipynb #51metamodeln01
 def is_vague(

@@ -15,25 +15,19 @@ from .replay import ETA, BudgetSpent, ReplayTable, Run, ladder, train_rest
 from .space import encoded_columns
 
 # %% auto #0
-__all__ = ['parameters', 'n_choices', 'Proposals', 'optuna_hyperband', 'hyperband_trials', 'smac_multifidelity', 'dehb_python',
-           'install_dehb', 'dehb', 'peer_versions']
+__all__ = ['optional_package', 'n_choices', 'Proposals', 'optuna_hyperband', 'hyperband_trials', 'smac_multifidelity',
+           'dehb_python', 'install_dehb', 'dehb', 'peer_versions']
 
 # %% ../nbs/65_peers.ipynb #65peers004
-def _need(package: str) -> Any:
+def optional_package(package: str) -> Any:
     "Import an optional package; raise `InputError` that says how to get it"
     try: return importlib.import_module(package)
     except ImportError as e: raise InputError(f"{package} is not installed: pip install 'llprobe[compare]'") from e
 
 # %% ../nbs/65_peers.ipynb #65peers007
-def parameters(
-    table: ReplayTable,
-) -> dict[str, list[int]]: # Of each hyper-parameter its columns: one for a number, one per choice for a categorical
-    "What the peers search over"
-    return encoded_columns(table.names)
-
 def n_choices(table: ReplayTable) -> dict[str, int|None]: # None for a number
     "How many choices each hyper-parameter has"
-    return {name: len(columns) if '=' in table.names[columns[0]] else None for name, columns in parameters(table).items()}
+    return {name: len(columns) if '=' in table.names[columns[0]] else None for name, columns in encoded_columns(table.names).items()}
 
 # %% ../nbs/65_peers.ipynb #65peers009
 class Proposals:
@@ -41,7 +35,7 @@ class Proposals:
     def __init__(self,
         run: Run, # What trainings are charged to
     ):
-        self.run, self.rungs, self.columns, self.choices = run, ladder(run.table), parameters(run.table), n_choices(run.table)
+        self.run, self.rungs, self.columns, self.choices = run, ladder(run.table), encoded_columns(run.table.names), n_choices(run.table)
         self._used = np.zeros((len(self.rungs), run.n), bool)
         self._weight = np.concatenate([np.full(len(c), 1.0 if self.choices[name] is None else 0.5) for name, c in self.columns.items()])
         self._points = run.table.encoded[:, np.concatenate(list(self.columns.values()))]
@@ -94,7 +88,7 @@ def optuna_hyperband(
     seed: int, # Of its proposals
 ) -> None:
     "Optuna's TPE with its Hyperband pruner"
-    optuna = _need('optuna')
+    optuna = optional_package('optuna')
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     proposals = Proposals(run)
     sampler, kinds = _optuna_sampler(optuna, proposals, seed)
@@ -150,7 +144,7 @@ def _smac_maximizer(space: Any, pool: list, seed: int) -> Any:
 # %% ../nbs/65_peers.ipynb #65peers013
 def _smac(smac: Any, proposals: Proposals, seed: int, folder: str) -> tuple[Any, list]:
     "A SMAC facade, and the table's rows as its configurations"
-    space, pool = _smac_space(_need('ConfigSpace'), proposals, seed)
+    space, pool = _smac_space(optional_package('ConfigSpace'), proposals, seed)
     n_trials = max(4, hyperband_trials(proposals.run.table, proposals.run.budget))
     scenario = smac.Scenario(space, deterministic=True, n_trials=n_trials, min_budget=0.999, max_budget=ETA**(len(proposals.rungs)-1),
                              seed=seed, output_directory=Path(folder))
@@ -165,7 +159,7 @@ def smac_multifidelity(
     seed: int, # Of its proposals
 ) -> None:
     "SMAC's multi-fidelity facade; when it has proposed the whole table, the rest is trained in full"
-    smac, proposals = _need('smac'), Proposals(run)
+    smac, proposals = optional_package('smac'), Proposals(run)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _environment(LOKY_MAX_CPU_COUNT='1'): # one thread
         warnings.simplefilter('ignore')
         facade, pool = _smac(smac, proposals, seed, folder)
@@ -232,7 +226,7 @@ def peer_versions(
     names: Sequence[str], # Of 'optuna', 'smac', 'dehb'; other names are passed over
 ) -> dict[str, str]: # By package
     "The peers' versions; raise `InputError` for one that is not installed"
-    here = [name for name in ('optuna', 'smac') if name in names and _need(name)]
+    here = [name for name in ('optuna', 'smac') if name in names and optional_package(name)]
     found = {name: importlib.metadata.version(name) for name in here}
     ask = 'import importlib.metadata; print(importlib.metadata.version("dehb"))'
     if 'dehb' in names: found['dehb'] = subprocess.run([dehb_python(), '-c', ask], capture_output=True, text=True, check=True).stdout.strip()

@@ -32,6 +32,7 @@ class ReplayTable:
     floor: float|None = None # Score of a model that is worth nothing; by default what the median config reaches
 
     def __post_init__(self) -> None: _check(self)
+    def __repr__(self) -> str: return f'ReplayTable({self.name!r}: {len(self.encoded)} configs, {len(self.levels)} levels, {len(self.epochs)} numbers of epochs)'
 
     @property
     def digest(self) -> str: # 16 hexadecimal digits
@@ -102,7 +103,9 @@ class Run:
         self._stop = np.where(finite.all(2), finite.shape[2]-1, np.argmin(finite, 2)) # (n, L) the first NaN, or the end
 
     @property
-    def n(self) -> int: return len(self.table.encoded)
+    def n(self) -> int: # Rows of the table
+        "How many configs there are"
+        return len(self.table.encoded)
 
     def increment(self, config: int, level: int, epoch: int) -> float: # FTE
         "What `evaluate` would charge"

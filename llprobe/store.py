@@ -418,6 +418,16 @@ def predictions(self: Store, study: int|str) -> pd.DataFrame: # In the order in 
     "All predictions of a study"
     return self._frame(sa.select(*_shown(PREDICTION)).where(PREDICTION.c.study_id == self._id(study)).order_by(PREDICTION.c.id))
 
+# %% ../nbs/41_store.ipynb #41storen21
+@patch_to(Store)
+def result(self: Store,
+    study: int|str, # Id or name
+) -> dict[str, Any]|None: # The content of result.json; None of a study that is not finished
+    "What came out of a study"
+    with contextlib.suppress(OSError, ValueError):
+        result = json.loads((self.path.parent/'result.json').read_text()) if self.path else {}
+        return result if result.get('study') == self.study(study)['name'] else None
+
 # %% ../nbs/41_store.ipynb #41store039
 @patch_to(Store)
 def probe_frame(self: Store, study: int|str) -> pd.DataFrame: # Ordered as `probes`; hyper-parameters come last
@@ -435,10 +445,14 @@ def _part_frame(self: Store, study: int|str, table: sa.Table) -> pd.DataFrame:
                        .where(PROBE.c.study_id == self._id(study)).order_by(*_KEY, *table.primary_key))
 
 @patch_to(Store)
-def curve_frame(self: Store, study: int|str) -> pd.DataFrame: return self._part_frame(study, CURVE)
+def curve_frame(self: Store, study: int|str) -> pd.DataFrame: # Ordered as `probes`: config_id, level, seed, purpose, then what was seen
+    "One row an epoch"
+    return self._part_frame(study, CURVE)
 
 @patch_to(Store)
-def response_frame(self: Store, study: int|str) -> pd.DataFrame: return self._part_frame(study, RESPONSE)
+def response_frame(self: Store, study: int|str) -> pd.DataFrame: # Ordered as `probes`: config_id, level, seed, purpose, then what was measured
+    "One row a perturbation response"
+    return self._part_frame(study, RESPONSE)
 
 # %% ../nbs/41_store.ipynb #41store03c
 @patch_to(Store)

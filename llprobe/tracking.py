@@ -19,9 +19,21 @@ __all__ = ['Tracker', 'MLflowTracker', 'TensorBoardTracker', 'log_study', 'open_
 # %% ../nbs/67_tracking.ipynb #67tracking004
 class Tracker(Protocol):
     "What `run_study` and `log_study` talk to; whatever was logged before is to be left as it is"
-    def begin(self, store: Store, study: str) -> None: ... # The study's database and name; raises `InputError` for what the user can mend
-    def log(self, record: dict[str, Any]) -> bool: ... # A probe that the store holds; whether it is new to the tracker
-    def finish(self, result: dict[str, Any]|None) -> None: ... # The content of result.json; None if the study was stopped
+    def begin(self,
+        store: Store, # The study's database
+        study: str, # Its name there
+    ) -> None:
+        "Get ready for a study; raise `InputError` for what the user can mend"
+
+    def log(self,
+        record: dict[str, Any], # A probe that the store holds
+    ) -> bool: # Whether it is new to the tracker
+        "Take one probe"
+
+    def finish(self,
+        result: dict[str, Any]|None, # The content of result.json; None if the study was stopped
+    ) -> None:
+        "Take what came out"
 
 # %% ../nbs/67_tracking.ipynb #67tracking006
 def _safe(name: str, length: int = 80) -> str:
@@ -248,17 +260,11 @@ def log_study(
         told = {}
         for name in store.studies()['name']:
             tracker.begin(store, name)
-            result, records = _result(store, name), store.probes(name)
-            if not result: records = ended(records) # the others may go on
+            result, records = store.result(name), store.probes(name)
+            if not result: records = [r for r in ended(records) if r['purpose'] == 'probe' or r['test_score'] is not None] # the others may go on, or be tested yet
             told[name] = len(records), sum(tracker.log(record) for record in records)
             tracker.finish(result)
     return told
-
-def _result(store: Store, study: str) -> dict[str, Any]|None:
-    "The study's result.json, if it is finished"
-    path = store.path and store.path.parent/'result.json'
-    result = json.loads(path.read_text()) if path and path.is_file() else {}
-    return result if result.get('study') == study else None
 
 # %% ../nbs/67_tracking.ipynb #67tracking01d
 def open_tracker(

@@ -76,6 +76,10 @@ class WarmStart:
     predictions: list[list[float]]  # (s, n): of the sources that had enough configs
     prior: tuple[float, float]|None # Mean and deviation of the exponents
 
+    def __repr__(self) -> str:
+        prior = 'none' if self.prior is None else f'{self.prior[0]:.2f} ± {self.prior[1]:.2f}'
+        return f'WarmStart({", ".join(source["dataset"] for source in self.sources)}: {len(self.predictions)} predictions of {len(self.candidates)} candidates, exponents {prior})'
+
     def save(self,
         out: Path, # The new study's folder
     ) -> None:
@@ -96,6 +100,7 @@ def learn(
     out: Path, # The new study's folder, where `WarmStart.save` may have written
     space: SearchSpace,
     candidates: Sequence[dict], # n configs of the space
+    fingerprint: str = '', # Of the new study's data
 ) -> WarmStart: # Raises `InputError` for a folder without a study, and for `out` itself
     "What other studies know of these candidates; what was stored, if it came from the same"
     folders = list(dict.fromkeys([folders] if isinstance(folders, (str, Path)) else folders))
@@ -106,6 +111,8 @@ def learn(
     identities = [_identity(source[0]) if source else known for source, known in zip(found, before)]
     ids = [config_id(c) for c in candidates]
     if stored and (stored.sources, stored.candidates) == (identities, ids): return stored
+    for folder, known in zip(folders, identities):
+        if fingerprint and known['fingerprint'] == fingerprint: warnings.warn(f'{folder} is a study of the very same data: resuming it, or one bigger study, would do without a warm start')
     found = [source for source in found if source]
     predictions = [source_predictions(records, space, candidates, f'the study of {study["dataset"]}') for study, records, *_ in found]
     prior = prior_exponents((pd.DataFrame(records), n, chance) for _, records, n, chance in found)

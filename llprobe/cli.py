@@ -4,7 +4,7 @@
 
 # %% ../nbs/90_cli.ipynb #90cli003
 from __future__ import annotations
-import argparse, contextlib, importlib.metadata, math, os, signal, sys, threading, time, warnings
+import argparse, contextlib, importlib.metadata, math, os, sys, time, warnings
 from pathlib import Path
 from typing import Any, Iterator, NoReturn, Sequence
 from .core import InputError, show_value
@@ -27,7 +27,7 @@ def _whole(text: str) -> int: return _number(text, int)
 # %% ../nbs/90_cli.ipynb #90cli005
 def _add_run(commands: argparse._SubParsersAction) -> None:
     "Arguments of `llprobe run`"
-    p = commands.add_parser('run', help='probe, predict, train the predicted best in full, test it once', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    p = commands.add_parser('run', help='probe, predict, train the predicted best in full, test the best once', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                             description='Run a study, or resume it: the same command continues where an earlier one stopped.')
     p.add_argument('--dataset', default='digits', help='name (see `llprobe datasets`) or a folder of images, one sub-folder a class')
     p.add_argument('--out', type=Path, default=Path('runs/study'), help='folder of the study: database, weights, figures, report, result.json')
@@ -37,6 +37,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     p.add_argument('--warm-start', type=Path, nargs='+', action='extend', default=[], metavar='FOLDER', help='folders of other studies, finished or begun, on other data: begin with what they learnt')
     p.add_argument('--choose-levels', action='store_true', default=argparse.SUPPRESS, help='with a budget: a pilot of 8 configs chooses the level that the others begin at')
     p.add_argument('--pauses', type=_number, nargs='*', default=argparse.SUPPRESS, metavar='SHARE', help='with a budget: shares of the epochs after which a probe at the lowest level may pause, to be continued if it looks promising; without a number probes never pause (default: 0.33 0.67)')
+    p.add_argument('--full', type=_whole, dest='n_full', metavar='N', help='configs to train in full, of which the best by validation is chosen and tested; by default 1, or a third of the budget')
     p.add_argument('--promote', type=_number, default=argparse.SUPPRESS, help='without a budget: share of configs that goes on to the next level; 1 keeps all (default: 0.5)')
     p.add_argument('--epochs', type=_whole, default=10, help='epochs of every training')
     p.add_argument('--seed', type=_whole, default=0, help='of the split, the subsets, the weights, the noise and the design')
@@ -114,7 +115,7 @@ def _settings(args: argparse.Namespace):
     train = TrainSettings(n_epochs=args.epochs, schedule=args.schedule, augment=args.augment, device=args.device)
     probe = ProbeSettings(architecture=args.architecture, strategy=args.strategy, train=train, training=args.training)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in (*_WITHIN, *_WITHOUT)}
-    return StudySettings(tuple(args.levels), design=args.design, seed=args.seed, probe=probe, budget=args.budget, population=args.population, warm_start=tuple(args.warm_start), **given)
+    return StudySettings(tuple(args.levels), design=args.design, seed=args.seed, probe=probe, budget=args.budget, population=args.population, n_full=args.n_full, warm_start=tuple(args.warm_start), **given)
 
 def _space(args: argparse.Namespace):
     "The space that the arguments name; None leaves it to the architecture"
@@ -260,20 +261,6 @@ def _plain_warnings() -> Iterator[None]:
         warnings.showwarning = show
         yield
 
-@contextlib.contextmanager
-def _lasting_interrupts() -> Iterator[None]:
-    "Repeat a Ctrl-C that Python dropped"
-    repeats, usual = [], sys.unraisablehook
-    def dropped(what: Any) -> None:
-        if what.exc_type is not KeyboardInterrupt: return usual(what)
-        repeats.append(threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)))
-        repeats[-1].start()
-    sys.unraisablehook = dropped
-    try:
-        yield
-        for repeat in repeats: repeat.join()
-    finally: sys.unraisablehook = usual
-
 # %% ../nbs/90_cli.ipynb #90cli011
 def main(
     argv: Sequence[str]|None = None, # Arguments; by default the process's own
@@ -282,7 +269,7 @@ def main(
     args = argparse.Namespace(command=None)
     try:
         parser().parse_args(argv, args)
-        with _plain_warnings(), _lasting_interrupts(): args.command(args)
+        with _plain_warnings(): args.command(args)
         sys.stdout.flush()
     except BrokenPipeError: # whoever reads, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # for what Python flushes at its exit

@@ -60,7 +60,7 @@ class StudySettings:
     @property
     def full_trainings(self) -> int: # 1 with a training of one's own: the test needs the model it made
         "How many configs are trained in full"
-        return self.n_full or (1 if self.budget is None or self.probe.training else max(1, int(self.budget/3)))
+        return self.n_full if self.n_full is not None else (1 if self.budget is None or self.probe.training else max(1, int(self.budget/3)))
 
     def to_dict(self) -> dict[str, Any]: # JSON-ready; the device is left out, since it is the machine's
         "The settings as plain values"
@@ -221,13 +221,13 @@ def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], sp
                         sources=np.array(start.predictions) if start and start.predictions else None)
 
 # %% ../nbs/61_study.ipynb #61study011
-def _warm_candidates(space: SearchSpace, settings: StudySettings, out: Path) -> tuple[list[dict], WarmStart|None]:
+def _warm_candidates(space: SearchSpace, settings: StudySettings, out: Path, split: Split) -> tuple[list[dict], WarmStart|None]:
     "The design or the pool, and what other studies know of it"
     configs = _candidates(space, settings)
     if not settings.warm_start: return configs, None
     more = [] if settings.budget is not None else space.sample(space.count(settings.pool), settings.seed, settings.design)
     pool = list({config_id(c): c for c in [*configs, *more]}.values())
-    start = learn(settings.warm_start, out, space, pool)
+    start = learn(settings.warm_start, out, space, pool, split.dataset.fingerprint)
     return (warm_design(start, pool, len(configs)) if settings.budget is None else pool), start
 
 # %% ../nbs/61_study.ipynb #61study012
@@ -247,7 +247,7 @@ def open_study(
     settings = replace(settings, probe=probe)
     data_path, s = str(cached_file(dataset)), settings.probe
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
-    configs, start = _warm_candidates(space, settings, out)
+    configs, start = _warm_candidates(space, settings, out, split)
     _check_study(settings, configs, data_path)
     if start: settings = replace(settings, warm_start=tuple(start.sources))
     features, name = data_features(split, settings.seed), name or dataset.name
@@ -286,7 +286,7 @@ def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For t
     scores = [r['val_score'] for r in records if r['status'] in ('ok', 'paused')]
     best = [f'best {show_score(max(scores), study.split.dataset.metric, 1)}'] if scores else []
     seconds = sum(r['seconds'] for r in records)
-    return dict(n=spent, total=planned, rate=at_once*spent/seconds if at_once and seconds else None, facts=', '.join([*best, f'{spent:.3g} of {planned:.3g} FTE']),
+    return dict(n=spent, total=planned, rate=at_once*spent/seconds if at_once and seconds else None, facts=', '.join([*best, f'{spent:.3g} of {planned:.3g} FTE for probes']),
                 count=f'probes {len(records)}'+(f'/{sum(sizes)}' if sizes else ''))
 
 # %% ../nbs/61_study.ipynb #61studyn01

@@ -13,7 +13,7 @@ from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.model_selection import GroupKFold
 from .features import feature_columns, feature_frame
 from .space import SearchSpace
-from .visualization import COLOURS, _quiet
+from .visualization import COLOURS, quiet_axis
 
 # %% auto #0
 __all__ = ['STEPS', 'target_frame', 'held_out', 'agreement', 'ablation', 'plot_ablation']
@@ -114,7 +114,7 @@ def plot_ablation(
         axis.set_xticks(range(rows['level'].nunique()), [f'{level:g}' for level in sorted(rows['level'].unique())])
         axis.set_title(f'{name}, {grouping}', fontsize=8)
         axis.tick_params(labelsize=7)
-        _quiet(axis)
+        quiet_axis(axis)
     for axis in axes[-1]: axis.set_xlabel('level', fontsize=8)
     figure.supylabel('Spearman correlation with the full score', fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=7, frameon=False)

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from ConfigSpace.hyperparameters import Hyperparameter, UniformFloatHyperparameter, UniformIntegerHyperparameter
 from .core import InputError
 from .peers import optional_package
-from .space import SearchSpace, _choices
+from .space import SearchSpace, choices_of
 from .probe import ended
 from .store import Store, study_key
 
@@ -23,7 +23,7 @@ def _distribution(optuna: Any, hp: Hyperparameter) -> Any: # One of `optuna.dist
     kinds = optuna.distributions
     if isinstance(hp, UniformFloatHyperparameter): return kinds.FloatDistribution(float(hp.lower), float(hp.upper), log=hp.log)
     if isinstance(hp, UniformIntegerHyperparameter): return kinds.IntDistribution(int(hp.lower), int(hp.upper), log=hp.log)
-    return kinds.CategoricalDistribution([v.item() if hasattr(v, 'item') else v for v in _choices(hp)])
+    return kinds.CategoricalDistribution([v.item() if hasattr(v, 'item') else v for v in choices_of(hp)])
 
 # %% ../nbs/66_adapters.ipynb #66adapters008
 def _steps_per_full(levels: set[float]) -> int: # 100, 1000 … a million

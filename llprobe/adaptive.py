@@ -14,7 +14,7 @@ from .surrogate import FidelityGP, expected_improvement, one_thread
 
 # %% auto #0
 __all__ = ['Rung', 'make_ladder', 'pause_epochs', 'step_cost', 'expected_maximum', 'best_start', 'Step', 'AdaptiveSearch',
-           'maximise']
+           'normal_quantiles', 'initial_order', 'maximise']
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive005
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class AdaptiveSearch:
         if not 0 <= full_share < 1: raise InputError(f'full_share must be in [0, 1), got {full_share:g}')
         if not budget > 0: raise InputError(f'budget must be above 0, got {budget:g}')
         if sources is not None and len(sources): # one more column: the process learns what it is worth
-            sources = _quantiles(np.asarray(sources, float)).mean(0)
+            sources = normal_quantiles(np.asarray(sources, float)).mean(0)
             encoded = np.c_[encoded, norm.cdf(sources/max(np.std(sources), 1e-9))]
         else: sources = None
         n, d = encoded.shape
@@ -118,7 +118,7 @@ class AdaptiveSearch:
         self.steps: list[Step] = []
         self.results: dict[int, float] = {} # By step number; NaN for one that diverged
         self.finished, self.gp = False, FidelityGP(d)
-        self.order = _initial_order(n, self.n_initial, seed, prior, sources)
+        self.order = initial_order(n, self.n_initial, seed, prior, sources)
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive00f
 def _fidelity(ladder: Sequence[Rung]) -> np.ndarray: # (rungs, 2)
@@ -127,11 +127,19 @@ def _fidelity(ladder: Sequence[Rung]) -> np.ndarray: # (rungs, 2)
     low, high = values.min(0), values.max(0)
     return np.where(high > low, 1-(high-values)/np.where(high > low, high-low, 1), 1.0)
 
-def _quantiles(values: np.ndarray) -> np.ndarray: # (..., n), in each row with mean 0 and deviation about 1
+def normal_quantiles(
+    values: np.ndarray, # (..., n)
+) -> np.ndarray: # (..., n), in each row with mean 0 and deviation about 1
     "Scores as normal quantiles of their ranks, NaN as the worst"
     return norm.ppf((rankdata(np.nan_to_num(values, nan=-np.inf), axis=-1)-0.5)/values.shape[-1])
 
-def _initial_order(n: int, n_initial: int, seed: int, prior: np.ndarray|None, sources: np.ndarray|None) -> list[int]: # All candidates
+def initial_order(
+    n: int, # Candidates
+    n_initial: int, # Of the prior's or the other tasks' favourites
+    seed: int, # Of the draws by the prior
+    prior: np.ndarray|None, # (n,) weights above 0
+    sources: np.ndarray|None, # (n,) what other tasks predict, on any scale; goes before the prior
+) -> list[int]: # All candidates
     "The pool's own order, with every second one drawn by the prior or taken from the other tasks' best"
     favoured: list[int] = []
     if prior is not None:
@@ -192,7 +200,7 @@ def _rows(self: AdaptiveSearch,
     rungs, candidates = np.array([s.rung for s in known]), np.array([s.candidate for s in known])
     scores = np.fmax(scores, np.nanmedian(scores[rungs == rungs.min()]) if self.floor is None else self.floor)
     keep = np.sort(np.lexsort((scores, rungs))[-most:])
-    return candidates[keep], rungs[keep], _quantiles(scores[keep])
+    return candidates[keep], rungs[keep], normal_quantiles(scores[keep])
 
 @patch
 def _start(self: AdaptiveSearch, n_known: int) -> int: # Rung

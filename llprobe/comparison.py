@@ -15,7 +15,7 @@ from .core import InputError, atomic_path, digest
 from .execution import Workers
 from .peers import dehb, optuna_hyperband, smac_multifidelity
 from .replay import Method, ReplayTable, asha, llprobe_search, play, random_low_then_full, random_search, regrets, successive_halving
-from .visualization import _figure, log_ticks
+from .visualization import log_ticks, panel
 
 # %% auto #0
 __all__ = ['METHODS', 'named_methods', 'replay', 'average_ranks', 'mean_regrets', 'friedman_nemenyi', 'holm', 'wilcoxon_holm',
@@ -173,7 +173,7 @@ def _set_ticks(axis: Axis, ticks: Sequence[float], low: float, high: float) -> N
 
 def _plot_means(means: pd.DataFrame, ylabel: str) -> Figure:
     "One line a method against the cost, with its standard error"
-    figure, axis = _figure(5.2, 3.6)
+    figure, axis = panel(5.2, 3.6)
     for name, rows in means.groupby('method'):
         x, style = rows.index.get_level_values('budget'), _style(name)
         axis.plot(x, rows['mean'], markevery=max(1, len(x)//8), **style)

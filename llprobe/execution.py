@@ -10,14 +10,16 @@ from typing import Any, Callable, Iterable, Iterator
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['process_pool', 'WorkerDied', 'Workers']
+__all__ = ['environment_variables', 'process_pool', 'WorkerDied', 'Workers']
 
 # %% ../nbs/42_execution.ipynb #42execution005
 _THREAD_VARIABLES = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    "Environment variables for the block's child processes"
+def environment_variables(
+    **values: str, # By name
+) -> Iterator[None]:
+    "Environment variables for the block and its child processes"
     before = {k: os.environ.get(k) for k in values}
     os.environ.update(values)
     try: yield
@@ -49,7 +51,7 @@ def _failed(error: BaseException) -> Future:
 
 def _submit(pool: Executor, function: Callable, task: Any) -> Future:
     "Submit so that a process started now has one thread; never raises"
-    with _environment(**dict.fromkeys(_THREAD_VARIABLES, '1')):
+    with environment_variables(**dict.fromkeys(_THREAD_VARIABLES, '1')):
         try: return pool.submit(function, task)
         except BrokenExecutor as e: return _failed(e)
 

@@ -12,7 +12,7 @@ from sklearn.inspection import permutation_importance
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from .core import InputError, derive_seed
-from .space import SearchSpace, _active, encoded_columns
+from .space import SearchSpace, active_part, encoded_columns
 
 # %% auto #0
 __all__ = ['MIN_PROBES', 'importance', 'interactions', 'why_chosen']
@@ -144,7 +144,7 @@ def _typical(space: SearchSpace, configs: list[dict]) -> dict[str, Any]: # Media
 
 def _changed(space: SearchSpace, config: dict, name: str, typical: dict[str, Any]) -> dict[str, Any]:
     "The config with one typical value, and whatever follows"
-    return _active(space, typical | config | {name: typical[name]})
+    return active_part(space, typical | config | {name: typical[name]})
 
 # %% ../nbs/57_explain.ipynb #57explain020
 def why_chosen(

@@ -10,7 +10,7 @@ from typing import Any, Sequence
 import numpy as np
 import llprobe
 from .core import InputError
-from .execution import _environment
+from .execution import environment_variables
 from .replay import ETA, BudgetSpent, ReplayTable, Run, ladder, train_rest
 from .space import encoded_columns
 
@@ -160,7 +160,7 @@ def smac_multifidelity(
 ) -> None:
     "SMAC's multi-fidelity facade; when it has proposed the whole table, the rest is trained in full"
     smac, proposals = optional_package('smac'), Proposals(run)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _environment(LOKY_MAX_CPU_COUNT='1'): # one thread
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), environment_variables(LOKY_MAX_CPU_COUNT='1'): # one thread
         warnings.simplefilter('ignore')
         facade, pool = _smac(smac, proposals, seed, folder)
         rows = {config: i for i, config in enumerate(pool)}

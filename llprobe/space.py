@@ -16,8 +16,8 @@ from scipy.stats import qmc
 from .core import InputError, atomic_path, derive_seed, digest, is_number, write_json
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'RANGES', 'DESIGNS', 'SearchSpace', 'encoded_columns', 'config_id', 'default_space', 'describe',
-           'load_space']
+__all__ = ['OPTIMIZERS', 'RANGES', 'DESIGNS', 'choices_of', 'active_part', 'SearchSpace', 'encoded_columns', 'config_id',
+           'default_space', 'describe', 'load_space']
 
 # %% ../nbs/10_space.ipynb #10space005
 OPTIMIZERS = ('sgd', 'adam', 'adamw')
@@ -72,19 +72,21 @@ def _parse(name: str, written: Any) -> Hyperparameter:
     "Read one entry of the table above, but for its `when`"
     entry = {key: value for key, value in _entry(name, written).items() if key != 'when'}
     hp = _range(name, **entry) if 'low' in entry else _choice(name, **entry) if 'values' in entry else _choice(name, [entry['value']])
-    for value in (_choices(hp) or [_written(hp)]) if name == 'optimizer' else ():
+    for value in (choices_of(hp) or [_written(hp)]) if name == 'optimizer' else ():
         if value not in OPTIMIZERS: raise InputError(f"unknown optimizer {value!r}: choose from {', '.join(OPTIMIZERS)}")
     return hp
 
 # %% ../nbs/10_space.ipynb #10space00b
-def _choices(hp: Hyperparameter) -> list[Any]:
-    "What a constant or a choice can be; nothing for a range"
+def choices_of(
+    hp: Hyperparameter, # Of ConfigSpace
+) -> list[Any]: # Empty for a range
+    "What a constant or a choice can be"
     return [hp.value] if isinstance(hp, Constant) else list(getattr(hp, 'sequence', getattr(hp, 'choices', ())))
 
 def _written(hp: Hyperparameter) -> Any:
     "The shortest entry that `_parse` reads as `hp`"
     if isinstance(hp, Constant): return hp.value
-    values, ordered = _choices(hp), isinstance(hp, OrdinalHyperparameter)
+    values, ordered = choices_of(hp), isinstance(hp, OrdinalHyperparameter)
     if not values: return dict(low=hp.lower, high=hp.upper) | (dict(log=True) if hp.log else {})
     numbers = all(map(is_number, values))
     return values if ordered == numbers and (not numbers or values == sorted(values)) else dict(values=values, ordered=ordered)
@@ -93,7 +95,7 @@ def _written(hp: Hyperparameter) -> Any:
 def _accept(hp: Hyperparameter, value: Any) -> Any:
     "The allowed value that `value` means"
     value = value.item() if isinstance(value, np.generic) else value
-    if choices := _choices(hp):
+    if choices := choices_of(hp):
         for choice in choices:
             if choice == value and (type(choice) is type(value) or is_number(choice) and is_number(value)): return choice
         allowed = f"one of {', '.join(map(str, choices))}"
@@ -200,14 +202,17 @@ def _condition(space: _Definition, name: str) -> str:
 # %% ../nbs/10_space.ipynb #10space01e
 def _from_unit(hp: Hyperparameter, u: np.ndarray) -> list[Any]:
     "Map points of [0, 1) to values, plain Python ones"
-    if choices := _choices(hp): return [choices[i] for i in (u*len(choices)).astype(int)]
+    if choices := choices_of(hp): return [choices[i] for i in (u*len(choices)).astype(int)]
     if isinstance(hp, UniformFloatHyperparameter): return (np.round(hp.to_value(u), 13) + 0.0).tolist()
     low, high = hp.lower-0.5, hp.upper+0.5
     value = np.exp(np.log(low) + u*np.log(high/low)) if hp.log else low + u*(high-low)
     return np.clip(np.floor(value+0.5), hp.lower, hp.upper).astype(int).tolist()
 
 # %% ../nbs/10_space.ipynb #10space020
-def _active(space: _Definition, values: dict[str, Any]) -> dict[str, Any]:
+def active_part(
+    space: SearchSpace,
+    values: dict[str, Any], # By name, of all hyper-parameters
+) -> dict[str, Any]:
     "The config that values for all names make: those that exist beside the others"
     config = {}
     for name in space.names: config |= {name: values[name]} if space.is_active(name, config) else {}
@@ -220,12 +225,12 @@ def _stream(space: _Definition, design: str, seed: int) -> Iterator[dict[str, An
     while True:
         points = sobol.random(256) if sobol else generator.random((256, n_axes))
         columns = [_from_unit(space.configspace[name], u) for name, u in zip(space.names, points.T)]
-        for values in zip(*columns): yield _active(space, dict(zip(space.names, values)))
+        for values in zip(*columns): yield active_part(space, dict(zip(space.names, values)))
 
 # %% ../nbs/10_space.ipynb #10space023
 def _values(hp: Hyperparameter, steps: int) -> list[Any]:
     "All choices, or `steps` different values of a range, in order"
-    if choices := _choices(hp): return choices
+    if choices := choices_of(hp): return choices
     if steps >= hp.size: return list(range(hp.lower, hp.upper+1))
     u = np.linspace(0, 1, steps) if steps > 1 else np.array([0.5])
     values = {_accept(hp, value) for value in hp.to_value(u).tolist()}
@@ -267,7 +272,7 @@ def _grid(space: _Definition, n: int, seed: int) -> list[dict[str, Any]]:
     if len(configs) == 10**6: raise InputError(f"the grid of {steps} steps has over a million configs: use design='sobol'")
     generator, visits, visit = np.random.default_rng(derive_seed(seed, 'design', 'grid')), {}, {}
     for i in generator.permutation(len(configs)):
-        combination = tuple((name, value) for name, value in configs[i].items() if _choices(space.configspace[name]))
+        combination = tuple((name, value) for name, value in configs[i].items() if choices_of(space.configspace[name]))
         visit[i] = visits[combination] = visits.get(combination, 0) + 1
     return [configs[i] for i in sorted(visit, key=visit.get)[:n]]
 
@@ -288,10 +293,10 @@ def _columns(hp: Hyperparameter) -> list[str]:
 
 def _encode_values(hp: Hyperparameter, values: list[Any]) -> np.ndarray:
     "Columns (n, len(_columns(hp))) for `n` values"
-    if not _choices(hp): return np.clip(hp.to_vector(np.array(values)), 0, 1)[:, None]
-    rank = np.array([_choices(hp).index(value) for value in values])
+    if not choices_of(hp): return np.clip(hp.to_vector(np.array(values)), 0, 1)[:, None]
+    rank = np.array([choices_of(hp).index(value) for value in values])
     if isinstance(hp, OrdinalHyperparameter): return (rank/(len(hp.sequence)-1))[:, None]
-    return np.eye(len(_choices(hp)))[rank][:, :len(_columns(hp))]
+    return np.eye(len(choices_of(hp)))[rank][:, :len(_columns(hp))]
 
 # %% ../nbs/10_space.ipynb #10space02d
 def _encode(space: _Definition, configs: list[dict[str, Any]]) -> np.ndarray:
@@ -387,7 +392,7 @@ def describe(
 ) -> pd.DataFrame: # One row per hyper-parameter, in the order in which they were declared
     "A table to look at"
     def row(hp: Hyperparameter) -> dict[str, str]:
-        values = ', '.join(map(str, _choices(hp))) or f'{hp.lower:g} to {hp.upper:g}' + (', log' if hp.log else '')
+        values = ', '.join(map(str, choices_of(hp))) or f'{hp.lower:g} to {hp.upper:g}' + (', log' if hp.log else '')
         kind = type(hp).__name__.removeprefix('Uniform').removesuffix('Hyperparameter').lower()
         return dict(hyperparameter=hp.name, kind=kind, values=values, when=_condition(space, hp.name))
     return pd.DataFrame([row(space.configspace[name]) for name in space.declared]).set_index('hyperparameter')

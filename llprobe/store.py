@@ -17,7 +17,7 @@ from .core import InputError, derive_seed, digest, plain
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'STATUSES', 'PURPOSES', 'METADATA', 'SCHEMA', 'DRIVER', 'STUDY', 'CONFIG', 'PROBE', 'PREDICTION',
-           'CURVE', 'RESPONSE', 'Store', 'open_store', 'study_key']
+           'CURVE', 'RESPONSE', 'storable_text', 'Store', 'open_store', 'study_key']
 
 # %% ../nbs/41_store.ipynb #41store005
 class _Json(sa.TypeDecorator):
@@ -27,7 +27,9 @@ class _Json(sa.TypeDecorator):
     def process_result_value(self, value, dialect): return json.loads(value)
 
 # %% ../nbs/41_store.ipynb #41store007
-def _text(value: str) -> str:
+def storable_text(
+    value: str, # Any
+) -> str:
     "NUL and lone surrogates, which databases refuse, as backslash escapes"
     return str(value).encode('utf-8', 'backslashreplace').decode().replace('\0', '\\x00')
 
@@ -43,7 +45,7 @@ METADATA = sa.MetaData()
 def _table(name: str, *items: Any, **kwargs: Any) -> sa.Table:
     "A table whose `info['casts']` says which Python type each column takes"
     table = sa.Table(name, METADATA, *items, **kwargs)
-    casts = {sa.Double: float, sa.Integer: operator.index, sa.BigInteger: operator.index, sa.Text: _text, _Json: plain}
+    casts = {sa.Double: float, sa.Integer: operator.index, sa.BigInteger: operator.index, sa.Text: storable_text, _Json: plain}
     table.info['casts'] = {c.name: casts[type(c.type)] for c in table.c if c.name not in ('id', 'nan')}
     return table
 
@@ -279,7 +281,7 @@ def create_study(
 @patch_to(Store)
 def study(self: Store, study: int|str) -> dict[str, Any]: # Its row. Raises `InputError` when there is no such study
     "What was written when the study (id or name) was begun"
-    is_it = STUDY.c.name == _text(study) if isinstance(study, str) else STUDY.c.id == study
+    is_it = STUDY.c.name == storable_text(study) if isinstance(study, str) else STUDY.c.id == study
     with self._begin() as connection:
         row = connection.execute(sa.select(STUDY).where(is_it)).first()
         if row: return dict(row._mapping)
@@ -434,7 +436,7 @@ def probe_frame(self: Store, study: int|str) -> pd.DataFrame: # Ordered as `prob
     "One row a probe, hyper-parameters in columns"
     frame = self._frame(sa.select(*_OWN, PROBE.c.finished_at, CONFIG.c.position, CONFIG.c.hyperparameters).join(CONFIG, _OF)
                         .where(PROBE.c.study_id == self._id(study)).order_by(*_KEY))
-    values = [{_text(k): _text(v) if isinstance(v, str) else v for k, v in h.items()} for h in frame.pop('hyperparameters')] # pandas refuses lone surrogates, too
+    values = [{storable_text(k): storable_text(v) if isinstance(v, str) else v for k, v in h.items()} for h in frame.pop('hyperparameters')] # pandas refuses lone surrogates, too
     values = pd.DataFrame(values, index=frame.index)
     return frame.join(values.rename(columns=lambda name: f'config_{name}' if name in frame else name))
 
@@ -471,7 +473,7 @@ def _try_lock(self: Store, name: str, held: contextlib.ExitStack) -> bool:
 @patch_to(Store)
 def _holder(self: Store, name: str) -> str:
     "One sentence on who drives a study"
-    with self._begin() as connection: row = connection.execute(sa.select(DRIVER).where(DRIVER.c.study == _text(name))).first()
+    with self._begin() as connection: row = connection.execute(sa.select(DRIVER).where(DRIVER.c.study == storable_text(name))).first()
     who = f'process {row.process_id} on {row.host} since {row.since}' if row else 'another process'
     return f'study {name!r} is being driven by {who}: wait for it, stop it, or use another name'
 

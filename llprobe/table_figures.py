@@ -22,7 +22,7 @@ from .metamodel import PowerLawModel
 from .probe import FORWARDS_PER_TRAIN_SAMPLE
 from .space import SearchSpace, config_id
 from .table import card_space, read_table, table_records, validation_size
-from .visualization import COLOURS, LOWEST_SCORE, _viridis, colour_bar, panels
+from .visualization import COLOURS, LOWEST_SCORE, VIRIDIS, colour_bar, panels
 
 # %% auto #0
 __all__ = ['level_predictions', 'plot_level_predictions', 'probe_costs', 'level_choices', 'plot_level_choices', 'level_curves',
@@ -151,7 +151,7 @@ def plot_level_curves(
     "Validation score against the epoch, one panel a level, one line a config"
     figure, axes = panels(1, curves['level'].nunique(), 1.7, 2.3, sharex=True, sharey=True)
     floor = max(curves['reached'].min(), LOWEST_SCORE)
-    colours = ScalarMappable(Normalize(floor, curves['reached'].max()), _viridis)
+    colours = ScalarMappable(Normalize(floor, curves['reached'].max()), VIRIDIS)
     for axis, (level, panel) in zip(axes.flat, curves.groupby('level')):
         for (reached, _), rows in panel.groupby(['reached', 'config_id']): axis.plot(rows['epoch'], rows['val_score'], lw=0.8, color=colours.to_rgba(reached))
         axis.set_title(f'level {level:g}', fontsize=8)
@@ -235,7 +235,7 @@ def plot_sharpness(
     figure, axes = panels(1, len(gaps), 3.3, 2.9)
     norm, fits = LogNorm(table['learning_rate'].min(), table['learning_rate'].max()), table['fits']
     for axis, (gap, label) in zip(axes.flat, gaps.items()):
-        points = axis.scatter(table['sharpness'], table[gap], c=table['learning_rate'], norm=norm, cmap=_viridis, s=14, lw=0)
+        points = axis.scatter(table['sharpness'], table[gap], c=table['learning_rate'], norm=norm, cmap=VIRIDIS, s=14, lw=0)
         axis.scatter(table['sharpness'][~fits], table[gap][~fits], c='white', s=4, lw=0)
         rho = [spearmanr(rows['sharpness'], rows[gap]).statistic for rows in (table, table[fits])]
         axis.set_title(f'Spearman {rho[0]:.2f} of all {len(table)}, {rho[1]:.2f} of the filled {fits.sum()}'.replace('-', '−'), fontsize=8)

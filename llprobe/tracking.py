@@ -11,7 +11,7 @@ from typing import Any, Iterable, Iterator, Protocol
 from fastcore.basics import patch
 from .core import InputError, atomic_path, digest, name_scores
 from .probe import ended, full_training_equivalents
-from .store import Store, _text, open_store, study_key
+from .store import Store, open_store, storable_text, study_key
 
 # %% auto #0
 __all__ = ['Tracker', 'MLflowTracker', 'TensorBoardTracker', 'log_study', 'open_tracker']
@@ -39,7 +39,7 @@ class Tracker(Protocol):
 def _safe(name: str, length: int = 80) -> str:
     "A name that every tracker and file system takes"
     safe = re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:length].strip('.')
-    return safe if name and safe == name else f'{safe or "x"}-{digest(_text(name))[:8]}'
+    return safe if name and safe == name else f'{safe or "x"}-{digest(storable_text(name))[:8]}'
 
 # %% ../nbs/67_tracking.ipynb #67tracking008
 @dataclass
@@ -118,7 +118,7 @@ class MLflowTracker:
         uri: str = 'sqlite:///mlflow.db', # Of the tracking store: SQLite, another database, or the address of a server
         experiment: str|None = None, # By default 'llprobe'; made when it is missing
     ): # Raises `InputError` without MLflow
-        self.uri, self.experiment = uri, _text(experiment or 'llprobe')[:250]
+        self.uri, self.experiment = uri, storable_text(experiment or 'llprobe')[:250]
         _mlflow()
 
     def __repr__(self) -> str: return f'MLflowTracker({re.sub("//[^/]*@", "//…@", self.uri)!r})' # it may hold a password
@@ -169,14 +169,14 @@ def _open(self: MLflowTracker) -> dict[str, Any]: # The study's runs by key
 def _create(self: MLflowTracker, key: str, name: str, tags: dict[str, str], seconds: float = 0) -> str: # Its id
     "A run that took so long, and ends now"
     parent = {'mlflow.parentRunId': self.parent} if self.parent else {}
-    tags = {name: _text(value)[:5000] for name, value in tags.items()} | {'llprobe.study': self.key, 'llprobe.key': key} | parent
-    return self.client.create_run(self.experiment_id, round(1000*(time.time()-seconds)), tags, _text(name)[:250]).info.run_id
+    tags = {name: storable_text(value)[:5000] for name, value in tags.items()} | {'llprobe.study': self.key, 'llprobe.key': key} | parent
+    return self.client.create_run(self.experiment_id, round(1000*(time.time()-seconds)), tags, storable_text(name)[:250]).info.run_id
 
 @patch
 def _write(self: MLflowTracker, run_id: str, parameters: dict[str, Any], metrics: Iterable[tuple[dict[str, float], int]]) -> None:
     "Parameters, and metrics with their steps, in as many batches as MLflow asks for"
     entities, now = _mlflow().entities, round(1000*time.time())
-    params = [entities.Param(name, _text(value)[:5000]) for name, value in parameters.items()]
+    params = [entities.Param(name, storable_text(value)[:5000]) for name, value in parameters.items()]
     values = [entities.Metric(name, float(value), now, step) for row, step in metrics for name, value in row.items()]
     for i in range(0, max(len(params), 1), 100): self.client.log_batch(run_id, params=params[i:i+100])
     for i in range(0, len(values), 900): self.client.log_batch(run_id, metrics=values[i:i+900])
@@ -243,7 +243,7 @@ class TensorBoardTracker:
 
     def _summaries(self, run: _Run) -> Iterator[tuple[Any, int]]: # With their steps
         parameters = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in run.parameters.items()}
-        _, start, end = self.summary.hparams(parameters | {f'tag.{name}': _text(v) for name, v in run.tags.items() if name not in parameters}, {})
+        _, start, end = self.summary.hparams(parameters | {f'tag.{name}': storable_text(v) for name, v in run.tags.items() if name not in parameters}, {})
         yield start, 0
         for row in run.curve: yield from ((self.summary.scalar(f'curve/{name}', v), row['epoch']) for name, v in row.items() if name != 'epoch')
         yield from ((self.summary.scalar(name, v), len(run.curve)) for name, v in run.metrics.items())

@@ -19,21 +19,27 @@ COLOURS = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00',
 LOWEST_SCORE = -0.5 # Figures go no lower: R² has no lower end, and far below that of naming the mean its differences say nothing
 
 # %% auto #0
-__all__ = ['COLOURS', 'LOWEST_SCORE', 'panels', 'colour_bar', 'log_ticks', 'plot_levels', 'plot_responses', 'plot_curves',
-           'plot_predictions', 'plot_cost', 'plot_level_scores', 'plot_agreement', 'plot_recipes', 'save_figure']
+__all__ = ['COLOURS', 'LOWEST_SCORE', 'VIRIDIS', 'quiet_axis', 'panel', 'panels', 'colour_bar', 'log_ticks', 'plot_levels',
+           'plot_responses', 'plot_curves', 'plot_predictions', 'plot_cost', 'plot_level_scores', 'plot_agreement',
+           'plot_recipes', 'save_figure']
 
 # %% ../nbs/70_visualization.ipynb #70visualizat005
-_viridis = ListedColormap(colormaps['viridis'](np.linspace(0, 0.92, 256))) # its last yellow is hard to see on white
+VIRIDIS = ListedColormap(colormaps['viridis'](np.linspace(0, 0.92, 256))) # its last yellow is hard to see on white
 
-def _quiet(axis: Axes) -> None:
+def quiet_axis(
+    axis: Axes, # Changed in place
+) -> None:
     "No frame at the right and the top, a faint grid"
     axis.spines[['top', 'right']].set_visible(False)
     axis.grid(alpha=0.25, lw=0.5)
 
-def _figure(width: float = 4.5, height: float = 3.2) -> tuple[Figure, Axes]:
-    "An empty figure in inches with one quiet axis"
+def panel(
+    width: float = 4.5, # Of the figure, in inches
+    height: float = 3.2, # Likewise
+) -> tuple[Figure, Axes]:
+    "An empty figure with one quiet axis"
     figure = Figure((width, height), layout='constrained')
-    _quiet(axis := figure.subplots())
+    quiet_axis(axis := figure.subplots())
     return figure, axis
 
 def panels(
@@ -47,7 +53,7 @@ def panels(
     figure = Figure((width*n_columns, height*n_rows), layout='constrained')
     axes = figure.subplots(n_rows, n_columns, squeeze=False, **options)
     for axis in axes.flat:
-        _quiet(axis)
+        quiet_axis(axis)
         axis.tick_params(which='both', labelsize=7)
         for each in (axis.xaxis, axis.yaxis): each.label.set_size(8), each.offsetText.set_size(7)
     return figure, axes
@@ -94,7 +100,7 @@ def plot_levels(
     result: dict[str, Any], # Content of result.json
 ) -> Figure:
     "Validation score against the level, with the prediction and what was reached; paused probes have no score of their level yet"
-    figure, axis = _figure()
+    figure, axis = panel()
     best, key = result['best_config_id'], score_key('val', result['metric'])
     for config, rows in probes[(probes.purpose == 'probe') & (probes.status != 'paused')].sort_values('level').groupby('config_id'):
         axis.plot(rows['level'], rows['val_score'], marker='o', ms=3, **_line_style(config == best))
@@ -118,7 +124,7 @@ def plot_responses(
     metric: str = 'accuracy', # What the score is: a key of `core.METRICS`
 ) -> Figure:
     "Mean loss under filter-normalised Gaussian noise against its radius, one line a config"
-    figure, axis = _figure()
+    figure, axis = panel()
     low, high = scores.min(), scores.max()
     scale = Normalize(max(low, min(LOWEST_SCORE, high)), high) # as on an axis
     colours = ScalarMappable(scale, 'viridis')
@@ -139,7 +145,7 @@ def plot_curves(
     metric: str = 'accuracy', # What the score is: a key of `core.METRICS`
 ) -> Figure:
     "Validation score against the epoch, one line a config"
-    figure, axis = _figure()
+    figure, axis = panel()
     for config, rows in curves[curves['level'] == level].groupby('config_id'):
         axis.plot(rows['epoch'], rows['val_score'], **_line_style(config == best))
     axis.set(xlabel='epoch', ylabel=f'validation {METRICS[metric]} at level {level:g}')
@@ -152,7 +158,7 @@ def plot_predictions(
     result: dict[str, Any], # Content of result.json
 ) -> Figure:
     "Every config's predicted full score beside its score at its highest level"
-    figure, axis = _figure(4.5, max(2.0, 0.22*len(result['predictions'])+0.8))
+    figure, axis = panel(4.5, max(2.0, 0.22*len(result['predictions'])+0.8))
     table, key = pd.DataFrame(result['predictions']).iloc[::-1].reset_index(drop=True), score_key('val', result['metric'])
     axis.hlines(table.index, table[key], table['predicted'], color='#cccccc', lw=1)
     axis.plot(table[key], table.index, 'o', ms=4, color=COLOURS['grey'], label='seen at its highest level')
@@ -171,7 +177,7 @@ def plot_cost(
     result: dict[str, Any], # Content of result.json
 ) -> Figure:
     "Cost in full-training equivalents: this study's parts, and training all configs in full"
-    figure, axis = _figure(4.5, 1.6)
+    figure, axis = panel(4.5, 1.6)
     cost, left = result['cost']['fte'], 0.0
     for part, colour in (('probe', 'blue'), ('metamodel', 'red'), ('final', 'green')):
         axis.barh('llprobe', cost[part], left=left, color=COLOURS[colour], label=dict(probe='probes', final='full training').get(part, 'meta-model'))
@@ -186,7 +192,7 @@ def plot_level_scores(
     table: pd.DataFrame, # One row a probe: level, seed, config_id, metric, val_accuracy or val_r2
 ) -> Figure:
     "Mean validation score of each config at each level, with the standard error over seeds"
-    figure, axis = _figure()
+    figure, axis = panel()
     n_seeds, metric = table['seed'].nunique(), table['metric'].iloc[0]
     for _, rows in table.groupby('config_id'):
         stats = rows.groupby('level')[score_key('val', metric)].agg(['mean', 'sem'])
@@ -216,7 +222,7 @@ def plot_recipes(
     table: pd.DataFrame, # From `results.read_recipes`
 ) -> Figure:
     "Validation score against the epoch; one line a recipe and seed, the test score in the legend"
-    figure, axis = _figure()
+    figure, axis = panel()
     metric = METRICS[table['metric'].iloc[0]]
     for colour, (recipe, rows) in zip(itertools.cycle(COLOURS.values()), table.groupby('recipe', sort=False)):
         tests = rows.groupby('seed')['test_score'].first()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 import numpy as np, pandas as pd
-from .adaptive import _initial_order, _quantiles
+from .adaptive import initial_order, normal_quantiles
 from .core import InputError, write_json
 from .dataset_features import chance_score, part_sizes
 from .features import fidelities
@@ -37,7 +37,7 @@ def source_predictions(
     if (n := len({config_id(r['config']) for r in rows})) < 4:
         warnings.warn(f'{name} tried {n} configs of this space, and 4 are needed to learn from it: it is left out')
         return None
-    scores = _quantiles(np.array([r['val_score'] if r['status'] in ('ok', 'paused') else np.nan for r in rows], float))
+    scores = normal_quantiles(np.array([r['val_score'] if r['status'] in ('ok', 'paused') else np.nan for r in rows], float))
     x = space.encode([r['config'] for r in rows])
     return FidelityGP(x.shape[1]).fit(x, fidelities(rows), scores).predict(space.encode(list(candidates)), [1.0, 1.0])[0]
 
@@ -125,5 +125,5 @@ def warm_design(
     n: int, # Configs wanted
 ) -> list[dict]: # n configs
     "The sources' best and the design's first, in turn"
-    ranks = _quantiles(np.array(start.predictions)).mean(0) if start.predictions else None
-    return [candidates[i] for i in _initial_order(len(candidates), n, 0, None, ranks)[:n]]
+    ranks = normal_quantiles(np.array(start.predictions)).mean(0) if start.predictions else None
+    return [candidates[i] for i in initial_order(len(candidates), n, 0, None, ranks)[:n]]

@@ -13,7 +13,7 @@ from .features import fidelities
 from .metamodel import log_odds_error, score_at
 from .model_charts import chart_axis, chart_figure, score_axis
 from .reader import StudyReader
-from .space import SearchSpace, _active, _choices
+from .space import SearchSpace, active_part, choices_of
 from .surrogate import FidelityGP, one_thread
 from .visualization import COLOURS
 
@@ -28,7 +28,7 @@ def values_of(
 ) -> list[Any]: # In order; one value of a constant
     "What a hyper-parameter may be"
     hp = space.configspace[name]
-    if choices := _choices(hp): return choices
+    if choices := choices_of(hp): return choices
     values = hp.to_value(np.linspace(0, 1, n))
     return list(dict.fromkeys(float(f'{v:.4g}') if isinstance(hp, UniformFloatHyperparameter) else int(v) for v in np.clip(values, hp.lower, hp.upper)))
 
@@ -37,7 +37,7 @@ def complete(
     values: dict[str, Any], # A value for every name
 ) -> dict[str, Any]: # Valid in the space
     "The config that these values make"
-    return space.validate(_active(space, values))
+    return space.validate(active_part(space, values))
 
 # %% ../nbs/83_what_if.ipynb #83whatif008
 class WhatIf:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np, pytest, sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings, strategies as st
 from llprobe.core import InputError
-from llprobe.store import METADATA, SCHEMA_VERSION, Store, _text, open_store
+from llprobe.store import METADATA, SCHEMA_VERSION, Store, open_store, storable_text
 
 fork = multiprocessing.get_context('fork') # a child starts in milliseconds, so that many can be killed
 CONFIGS = [dict(learning_rate=10.**-n, width=2**n, optimizer='sgd', nesterov=bool(n % 2)) for n in range(1, 9)]
@@ -242,7 +242,7 @@ def test_records_come_back_as_they_went_in(fresh):
                    for head, rows, parts in drawn]
         for record in records: assert store.add_probe(name, record)
         for record in records: assert not store.add_probe(name, record | dict(status='crashed', val_loss=1., curve=[])) # the first stays
-        wanted = [r | dict(error=r['error'] and _text(r['error'])) for r in sorted(records, key=lambda r: (r['level'], r['seed'], r['purpose']))]
+        wanted = [r | dict(error=r['error'] and storable_text(r['error'])) for r in sorted(records, key=lambda r: (r['level'], r['seed'], r['purpose']))]
         assert same(store.probes(name), wanted)
         assert len(store.probe_frame(name)) == len(records)
     check()

@@ -341,15 +341,15 @@ def _full_task(study: Study, trial: Trial, n_threads: int) -> ProbeTask: # With 
 
 def _run_full(study: Study, trials: list[Trial], n_workers: int, executor: Executor|None, progress: bool) -> None:
     "Train in full, or test what was trained; what has other processes to run in shows its end only"
-    beside = min(n_workers, len(trials))
+    beside = min(n_workers, study.settings.full_trainings) # also of those that are left: with other threads they would have other bits
     tasks, epochs, done = [_full_task(study, t, n_workers//beside) for t in trials], study.settings.probe.train.n_epochs, 0
     anew, spent = study.lost(tasks), _fte(study, study.search.records.values())
     label = 'full training' if len(tasks) == 1 else f'{len(tasks)} full trainings'
-    with progress_bar(label, epochs*len(tasks), 'epochs', show=progress and bool(anew)) as bar, Workers(beside, executor) as workers:
+    with progress_bar(label, epochs*len(tasks), 'epochs', show=progress and bool(anew)) as bar, Workers(min(beside, len(tasks)), executor) as workers:
         def on_epoch(row: dict) -> None:
             score = show_score(row['val_score'], study.split.dataset.metric, 1)
             bar.show(done+row['epoch'], f'validation {score}, {spent+(done+row["epoch"])/epochs:.3g} FTE')
-        here = executor is None and beside == 1
+        here = executor is None and workers.n_workers == 1
         for task, result in workers.run(functools.partial(run_probe, on_epoch=on_epoch) if here else run_probe, tasks):
             _take_full(study, finished_record(task, result), task.checkpoint in anew)
             done += epochs

@@ -125,11 +125,12 @@ def test_killed_and_resumed_is_as_uninterrupted(uninterrupted, tmp_path, kill_af
     assert result(out) == result(uninterrupted)
 
 
-def test_a_search_with_pauses_killed_twice_is_as_uninterrupted(tmp_path):
-    within = ['--dataset', 'digits', '--levels', '0.1', '0.3', '--budget', '3', '--epochs', '6', '--quiet', '--jobs', '2']
+def test_a_search_with_pauses_killed_thrice_is_as_uninterrupted(tmp_path):
+    within = ['--dataset', 'digits', '--levels', '0.1', '0.3', '--budget', '4', '--full', '2', '--epochs', '6', '--quiet', '--jobs', '2']
     whole, killed = tmp_path/'whole', tmp_path/'killed'
     assert run(whole, arguments=within).returncode == 0
-    for kill_after in (3, 12):
+    n_probes = sum(purpose == 'probe' for _, _, purpose in records(whole))
+    for kill_after in (3, 12, n_probes+1):  # the last time beside a full training that has ended
         driver = subprocess.Popen([*LLPROBE, 'run', *within, '--out', str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         end = time.monotonic()+120
         while len(finished(killed)) < kill_after and driver.poll() is None and time.monotonic() < end:
@@ -137,24 +138,24 @@ def test_a_search_with_pauses_killed_twice_is_as_uninterrupted(tmp_path):
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         assert kill_after <= len(finished(killed)) and not (killed/'result.json').exists()
-    assert list((killed/'paused').glob('*.safetensors'))
+        assert list((killed/('full-trainings' if kill_after > n_probes else 'paused')).glob('*.safetensors'))
     assert run(killed, arguments=within).returncode == 0
     assert records(killed) == records(whole) and {r['status'] for r in records(whole).values()} >= {'ok', 'paused'}
-    assert result(killed) == result(whole) and not (killed/'paused').exists()
+    assert result(killed) == result(whole) and not (killed/'full-trainings').exists()
 
 
 def test_a_full_training_killed_half_way_goes_on_from_its_last_epoch(tmp_path):
     short = ['--dataset', 'digits', '--levels', '0.1', '--configs', '2', '--epochs', '20', '--seed', '0', '--quiet', '--jobs', '1']
     whole, killed = tmp_path/'whole', tmp_path/'killed'
     assert run(whole, arguments=short).returncode == 0
-    assert not (whole/'full-training.safetensors').exists()  # it has done its work
+    assert not (whole/'full-trainings').exists()  # it has done its work
     driver = subprocess.Popen([*LLPROBE, 'run', *short, '--out', str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    checkpoint, end = killed/'full-training.safetensors', time.monotonic()+120
-    while not checkpoint.exists() and driver.poll() is None and time.monotonic() < end:
+    end = time.monotonic()+120
+    while not (found := list((killed/'full-trainings').glob('*.safetensors'))) and driver.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    _, before = load_checkpoint(checkpoint)
+    _, before = load_checkpoint(found[0])
     assert 1 <= before['epoch'] < 20 and len(finished(killed)) == 2
     assert run(killed, arguments=short).returncode == 0
     with open_store(killed/'study.db') as store:

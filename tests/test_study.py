@@ -141,7 +141,7 @@ def test_a_search_with_pauses_killed_thrice_is_as_uninterrupted(tmp_path):
         assert list((killed/('full-trainings' if kill_after > n_probes else 'paused')).glob('*.safetensors'))
     assert run(killed, arguments=within).returncode == 0
     assert records(killed) == records(whole) and {r['status'] for r in records(whole).values()} >= {'ok', 'paused'}
-    assert result(killed) == result(whole) and not (killed/'full-trainings').exists()
+    assert result(killed) == result(whole) and not (killed/'paused').exists() and not (killed/'full-trainings').exists()
 
 
 def test_a_full_training_killed_half_way_goes_on_from_its_last_epoch(tmp_path):

@@ -126,7 +126,7 @@ figures/%/landscapes/result.json: nbs/experiments/landscapes.ipynb | $(VENV)/.in
 replay-probes: install dehb   ## replay searches on the tables, and the ablation of signals
 	@mkdir -p runs/replay/probes
 	$(EXPERIMENT) nbs/experiments/replay_probes.ipynb runs/replay/probes/replay_probes.ipynb -r tables '$(wildcard figures/*/table)' -r copy figures/probes
-replay-studies: install  ## replay whole studies within budgets on the tables (an hour on two cores)
+replay-studies: install  ## replay whole studies within budgets on the tables (20 minutes on two cores)
 	@mkdir -p runs/replay/studies
 	$(EXPERIMENT) nbs/experiments/replay_studies.ipynb runs/replay/studies/replay_studies.ipynb -r tables '$(wildcard figures/*/table)' -r copy figures/studies
 LCDB ?=

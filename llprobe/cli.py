@@ -4,7 +4,7 @@
 
 # %% ../nbs/90_cli.ipynb #90cli003
 from __future__ import annotations
-import argparse, contextlib, importlib.metadata, math, os, sys, time, warnings
+import argparse, contextlib, importlib.metadata, os, sys, time, warnings
 from pathlib import Path
 from typing import Any, Iterator, NoReturn, Sequence
 from .core import InputError, show_value
@@ -101,8 +101,6 @@ _WITHIN, _WITHOUT = dict(pauses='--pauses', choose_levels='--choose-levels'), di
 
 def _check_say(args: argparse.Namespace) -> None:
     "Refuse what would have no say"
-    if args.budget is not None and not 0 < args.budget < math.inf:
-        raise InputError(f'a budget is how many full trainings to spend in all, such as 4: give a finite number above 0, got {args.budget:g}')
     for name, option in (_WITHIN if args.budget is None else _WITHOUT).items():
         if name in args: raise InputError(f'{option} has no say {"without" if args.budget is None else "within"} a budget: leave it out{", or give --budget" if args.budget is None else ""}')
     if args.training and getattr(args, 'pauses', None): raise InputError('training of your own never pauses: leave out --pauses')

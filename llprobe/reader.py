@@ -149,9 +149,8 @@ def refresh(self: StudyReader) -> bool: # Whether anything is new
         if seen == self._seen: return False
         self.configs = {config_id(c): Config(c) for c in store.configs(self.name)}
         self.records, self.frame = [Record(r, metric=self.metric) for r in store.probes(self.name)], store.probe_frame(self.name)
-    self._seen, self._rankings, self.timeline, self.result = seen, {}, self._timeline(), None
-    with contextlib.suppress(InputError): # probes alone may have left a result.json without a choice
-        if self.final and 'best_config_id' in (found := read_result(self.folder)): self.result = found
+        self.result = store.result(self.name)
+    self._seen, self._rankings, self.timeline = seen, {}, self._timeline()
     return True
 
 @patch(as_prop=True)

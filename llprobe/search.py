@@ -133,20 +133,24 @@ def favourites(self: Search) -> list[str]: # Config ids
     return list(self.final_predictions['mean'].sort_values(ascending=False, kind='stable').index)
 
 @patch(as_prop=True)
+def trained(self: Search) -> dict[str, dict]: # Records by config_id, the predicted best first
+    "The full trainings that are in"
+    return {c: self.records[key] for c in self.favourites if (key := (c, 1.0, 'final')) in self.records}
+
+@patch(as_prop=True)
 def best(self: Search) -> str: # Its config_id
     "The best of those trained in full by validation, or else the one predicted to be best on all of the data"
-    def reached(config: str) -> tuple[bool, float]: return self.records[config, 1.0, 'final']['status'] == 'ok', self.records[config, 1.0, 'final']['val_score']
-    return max((c for c in self.favourites if (c, 1.0, 'final') in self.records), key=reached, default=self.favourites[0])
+    trained = self.trained
+    return max(trained, key=lambda c: (trained[c]['status'] == 'ok', trained[c]['val_score'])) if trained else self.favourites[0]
 
 @patch
 def _full_trainings(self: Search) -> list[Trial]: # Empty when the best is tested
     "Train the favourites in full; of several, test the best when all are in"
-    trials = [Trial(self.configs[c], 1.0, 'final', test=self.n_full == 1) for c in self.favourites]
-    missing, n_left = [t for t in trials if t.key not in self.records], self.n_full-sum(t.key in self.records for t in trials)
-    if n_left > 0 and missing: return missing[:n_left]
-    test = Trial(self.configs[self.best], 1.0, 'final')
-    found = self.records[test.key]
-    return [test] if found['status'] != 'crashed' and found['test_score'] is None else []
+    trained = self.trained
+    wanted = list(dict.fromkeys([*trained, *self.favourites]))[:self.n_full] # what was trained already counts
+    if missing := [c for c in wanted if c not in trained]: return [Trial(self.configs[c], 1.0, 'final', test=self.n_full == 1) for c in missing]
+    found = trained[self.best]
+    return [Trial(self.configs[self.best], 1.0, 'final')] if found['status'] != 'crashed' and found['test_score'] is None else []
 
 # %% ../nbs/60_search.ipynb #60search013
 class BudgetSearch(Search):

@@ -425,10 +425,13 @@ def predictions(self: Store, study: int|str) -> pd.DataFrame: # In the order in 
 def result(self: Store,
     study: int|str, # Id or name
 ) -> dict[str, Any]|None: # The content of result.json; None of a study that is not finished
-    "What came out of a study"
+    "What came out of a study; not what a study in the same folder left before, nor the probes' own"
+    row = self.study(study)
     with contextlib.suppress(OSError, ValueError):
         result = json.loads((self.path.parent/'result.json').read_text()) if self.path else {}
-        return result if result.get('study') == self.study(study)['name'] else None
+        chosen = PROBE.c.study_id == row['id'], PROBE.c.purpose == 'final', PROBE.c.config_id == result.get('best_config_id')
+        with self._begin() as connection: is_own = result.get('study') == row['name'] and connection.scalar(sa.select(sa.exists().where(*chosen)))
+        return result if is_own else None
 
 # %% ../nbs/41_store.ipynb #41store039
 @patch_to(Store)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/61_study.ipynb #61study003
 from __future__ import annotations
-import contextlib, errno, functools, importlib.metadata, json, platform, shutil, sys, tempfile, warnings
+import contextlib, errno, functools, importlib.metadata, json, math, platform, shutil, sys, tempfile, warnings
 from collections import Counter
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
@@ -148,10 +148,6 @@ class Study:
         checkpoint = str(folder/f'{config_id(trial.config)}-{trial.level:g}.safetensors') if trial.epochs or trial.purpose == 'final' else None
         return ProbeTask(self.data_path, trial.config, trial.level, self.settings.seed, trial.purpose, self.settings.probe, checkpoint, trial.epochs, trial.test)
 
-    def lost(self, tasks: Iterable[ProbeTask]) -> set[str]: # Their paths
-        "Checkpoints that there are not: such trainings begin anew"
-        return {t.checkpoint for t in tasks if t.checkpoint and not Path(t.checkpoint).exists()}
-
     def take(self,
         record: dict[str, Any],
         anew: bool = False, # If it was known before: did it begin again, for want of its checkpoint?
@@ -241,6 +237,8 @@ def open_study(
 ) -> Study: # Raises `InputError` for what cannot work
     "Open a study, new or begun"
     settings = replace(settings, levels=check_levels(settings.levels))
+    if settings.budget is not None and not 0 < settings.budget < math.inf:
+        raise InputError(f'a budget is how many full trainings to spend in all, such as 4: give a finite number above 0, got {settings.budget:g}')
     out = _writable_folder(out)
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, progress=progress)
     probe, space = _complete(settings.probe, space, dataset.is_image)
@@ -311,10 +309,14 @@ def _method(settings: StudySettings) -> str:
     "Which probes train together"
     return settings.population or ('alone' if resolve_device(settings.probe.train.device).type == 'cpu' else 'auto')
 
+def _anew(tasks: Iterable[ProbeTask]) -> set[str]: # Their checkpoints' paths
+    "Which trainings begin at their first epoch, for want of a checkpoint"
+    return {t.checkpoint for t in tasks if t.checkpoint and not Path(t.checkpoint).exists()}
+
 def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: Any) -> None:
     "Probe until every trial of a rung is recorded; checkpoints stay with the most promising of the paused"
     tasks = [study.task(t) for t in trials]
-    anew = study.lost(tasks)
+    anew = _anew(tasks)
     bar.set_description_str(f'level {", ".join(f"{level:g}" for level in sorted({t.level for t in trials}))}')
     at_once = min(workers.n_workers, len(tasks)) if workers.executor is None else None # others may have any size
     for task, result in probe_population(tasks, workers, _method(study.settings)):
@@ -342,8 +344,8 @@ def _full_task(study: Study, trial: Trial, n_threads: int) -> ProbeTask: # With 
 def _run_full(study: Study, trials: list[Trial], n_workers: int, executor: Executor|None, progress: bool) -> None:
     "Train in full, or test what was trained; what has other processes to run in shows its end only"
     beside = min(n_workers, study.settings.full_trainings) # also of those that are left: with other threads they would have other bits
-    tasks, epochs, done = [_full_task(study, t, n_workers//beside) for t in trials], study.settings.probe.train.n_epochs, 0
-    anew, spent = study.lost(tasks), _fte(study, study.search.records.values())
+    tasks, epochs, done = [_full_task(study, t, n_workers//beside if executor is None else 1) for t in trials], study.settings.probe.train.n_epochs, 0
+    anew, spent = _anew(tasks), _fte(study, study.search.records.values())
     label = 'full training' if len(tasks) == 1 else f'{len(tasks)} full trainings'
     with progress_bar(label, epochs*len(tasks), 'epochs', show=progress and bool(anew)) as bar, Workers(min(beside, len(tasks)), executor) as workers:
         def on_epoch(row: dict) -> None:
@@ -415,8 +417,7 @@ def run_study(
         while trials:
             _run_full(study, trials, n, executor, progress)
             trials = study.search.ask()
-        for record in study.search.records.values():
-            if record['purpose'] == 'final': study.track('log', record)
+        for record in study.search.trained.values(): study.track('log', record)
         shutil.rmtree(study.full, ignore_errors=True)
         result = summarise(study)
         write_json(study.out/'result.json', result)
@@ -476,9 +477,9 @@ def _predictions(study: Study) -> list[dict[str, Any]]: # Best first
 
 def _full_trainings(study: Study) -> list[dict[str, Any]]: # The predicted best first
     "What each config trained in full reached, and which was chosen for it"
-    search, trained = study.search, {config: r for (config, _, purpose), r in study.search.records.items() if purpose == 'final'}
-    return [name_scores(dict(config_id=c, config=search.configs[c], status=trained[c]['status'], val_score=trained[c]['val_score'], val_loss=trained[c]['val_loss'],
-                             chosen=c == search.best), study.split.dataset.metric) for c in search.favourites if c in trained]
+    search, best = study.search, study.search.best
+    return [name_scores(dict(config_id=c, config=search.configs[c], status=r['status'], val_score=r['val_score'], val_loss=r['val_loss'], chosen=c == best), study.split.dataset.metric)
+            for c, r in search.trained.items()]
 
 def _facts(study: Study) -> dict[str, Any]:
     "What was run, on what"

@@ -4,7 +4,7 @@
 
 # %% ../nbs/61_study.ipynb #61study003
 from __future__ import annotations
-import contextlib, errno, functools, importlib.metadata, json, math, platform, shutil, sys, tempfile, warnings
+import contextlib, errno, functools, importlib.metadata, math, platform, shutil, sys, tempfile, warnings
 from collections import Counter
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
@@ -457,9 +457,8 @@ def _cost(study: Study) -> dict[str, Any]:
     fte = {purpose: _fte(study, rows) for purpose, rows in parts.items()}
     seconds = {purpose: sum(r['seconds'] for r in rows) for purpose, rows in parts.items()}
     seconds['metamodel'] = study.search.metamodel_seconds
-    with contextlib.suppress(OSError, ValueError, KeyError): # run again, a finished study keeps what was measured first
-        earlier = json.loads((study.out/'result.json').read_text())['cost']['seconds']
-        if earlier['final'] == seconds['final']: seconds['metamodel'] = earlier['metamodel']
+    earlier = study.store.result(study.name) # run again, a finished study keeps what was measured first
+    if earlier and earlier['cost']['seconds']['final'] == seconds['final']: seconds['metamodel'] = earlier['cost']['seconds']['metamodel']
     fte['metamodel'] = seconds['metamodel']*fte['probe']/max(seconds['probe'], 1e-9)
     return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(_n_tried(study))),
                 seconds=seconds | dict(total=sum(seconds.values())))

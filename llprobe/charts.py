@@ -93,6 +93,7 @@ def levels_chart(
 ) -> go.Figure:
     "Validation score against the level; for highlighted configs what is predicted ± 2σ, and what was reached"
     if not study.probes: return message_chart('nothing was probed yet')
+    finals = [r for r in study.finals if highlight is None or r['config_id'] in highlight]
     highlight, ranking, unit = _highlight(study, highlight), study.ranking(), METRICS[study.metric]
     probes = ended(study.probes)
     rows = {c: [r for r in probes if r['config_id'] == c] for c in {r['config_id']: None for r in probes}}
@@ -102,7 +103,7 @@ def levels_chart(
         mean, std = ranking.loc[config, ['mean', 'std']]
         traces.append(go.Scatter(x=[0.95], y=plain_numbers([mean]), error_y=_interval(study, [mean], [std])|dict(thickness=1.5), mode='markers', name='predicted ± 2σ',
                                  marker=dict(symbol='diamond', size=9, color=colour), hovertemplate=f'{config[:8]}<br>predicted %{{y}}<extra></extra>'))
-    if finals := study.finals: traces.append(_reached(study, finals, [1.05]*len(finals), [r['val_score'] for r in finals]))
+    if finals: traces.append(_reached(study, finals, [1.05]*len(finals), [r['val_score'] for r in finals]))
     ticks = sorted({*study.levels, *(r['level'] for r in study.probes), 1.0})
     scores = [r['val_score'] for r in study.records]
     return chart_figure(traces, chart_axis('level (fraction of the training data)', type='log', tickvals=ticks, ticktext=[f'{t:g}' for t in ticks]), score_axis(study.metric, scores))

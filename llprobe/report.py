@@ -209,8 +209,8 @@ def _index_table(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[s
         seen = _Cell('–', '') if best is None else _Cell(f'{show(best["val_score"])} {METRICS[study.metric]} at level {best["level"]:g}{", " if paused_after(best) else ""}{paused_after(best)}', best['val_score'])
         spent, last = total_cost(study), study.timeline['finished_at'].iloc[-1] if len(study.timeline) else study.study['created_at']
         rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(study.space.architecture), _number(len(study.configs)), seen,
-                     _number(_predicted(study, study.best)[0], show), _number(spent, '{:.2f}'.format), _Cell(f'{"finished" if study.is_finished else "not finished"}, {last[:16].replace("T", " ")}')])
-    return _table('studies', 'Studies', ['study', 'data set', 'architecture', 'configs', 'best probe', 'predicted', 'FTE', 'state, last probe'], rows)
+                     _number(_predicted(study, study.best)[0], show), _number((study.final or {}).get('val_score'), show), _number(spent, '{:.2f}'.format), _Cell(f'{"finished" if study.is_finished else "not finished"}, {last[:16].replace("T", " ")}')])
+    return _table('studies', 'Studies', ['study', 'data set', 'architecture', 'configs', 'best probe', 'predicted', 'reached', 'FTE', 'state, last probe'], rows)
 
 def _compare_page(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[str, Any]:
     "What `compare.html` shows"

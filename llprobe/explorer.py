@@ -256,7 +256,7 @@ def _landscapes(self: Explorer, study: StudyReader, key: tuple, as_surface: bool
         self.landscape.show((surface_chart if as_surface else landscape_chart)(landscape))
         first, loss = first or time.perf_counter()-start, landscape.values['loss']
         n_finite = np.isfinite(loss).sum()
-        self._say(self.landscape_text, f'loss {landscape.centre["loss"]:.4g} at the solution, {np.nanmin(loss):.4g} to {np.max(loss[np.isfinite(loss)]):.4g} in view'
+        self._say(self.landscape_text, f'loss {landscape.centre["loss"]:.4g} at the solution, {np.nanmin(loss):.4g} to {np.max(loss[np.isfinite(loss)]):.4g} in view on {landscape.facts["n_samples"]} samples'
                   f'{"" if n_finite == loss.size else f", infinite at {loss.size-n_finite}"}; {loss.size} points, first picture after {1000*first:.0f} ms')
         yield
 

@@ -167,7 +167,7 @@ def _probe_table(study: StudyReader, config: str) -> dict[str, Any]:
 
 def _details_page(found: Details) -> dict[str, Any]:
     "What the model shows, for `config.html`"
-    answers, charts = found.evaluation, [_chart(landscape_chart(found.landscape), 'Validation loss on a random filter-normalised plane through the weights; colours follow its logarithm.')]
+    answers, charts = found.evaluation, [_chart(landscape_chart(found.landscape), f'Validation loss, over {found.landscape.facts["n_samples"]} samples, on a random filter-normalised plane through the weights; colours follow its logarithm.')]
     if not answers.classes: return dict(reason='', classes=None, charts=[*charts, _chart(targets_chart(answers), f'Predicted against true value, {answers.part} part.')])
     charts.append(_chart(confusion_chart(answers.confusion, answers.classes), f'How often each class was taken for which, {answers.part} part.'))
     percent = '{:.1%}'.format

@@ -4,6 +4,7 @@
 
 # %% ../nbs/77a_study_landscape.ipynb #77astudyland003
 from __future__ import annotations
+from dataclasses import replace
 from typing import Callable, Iterator
 import torch
 from .batches import mean_loss
@@ -54,7 +55,7 @@ def landscape_steps(
     n: int|None = None, # Points along each direction of the last; by default 65 on a line, 25 on a plane
     n_samples: int = 128, # At most, of the part that is looked at
     check: Callable[[], None] = lambda: None, # Called with each batch; may raise to give up, which leaves the model as found
-) -> Iterator[Landscape]:
+) -> Iterator[Landscape]: # `facts['n_samples']` says on how many samples
     "Ever finer landscapes around a trained model, which is trained again first if it is not at hand"
     if kind not in KINDS: raise InputError(f'kind must be one of {", ".join(KINDS)}, got {kind!r}')
     model, (x, y) = study.model(*key), landscape_samples(study, key, part, n_samples)
@@ -64,4 +65,5 @@ def landscape_steps(
     with isolated(0, resolve_device(study.settings.train.device), 1):
         plane = _plane(model, kind, seed, n_directions, x, y, loss_fn)
         n = n or (65 if n_directions == 1 else 25)
-        yield from progressive_landscape(model, x, y, plane, radius, n, n_levels=5, loss_fn=loss_fn)
+        for landscape in progressive_landscape(model, x, y, plane, radius, n, n_levels=5, loss_fn=loss_fn):
+            yield replace(landscape, facts=landscape.facts | dict(n_samples=len(x)))

@@ -277,7 +277,8 @@ def parallel_chart(
     if len(records) < 2: return message_chart('fewer than two configs have a score')
     dimensions = [_dimension(study, n, [r['config'].get(n) for r in records]) for n in study.space.names if len({r['config'].get(n) for r in records}) > 1]
     scores = plain_numbers(max(r['val_score'], LOWEST_SCORE) for r in records)
-    score = dict(label=f'{METRICS[study.metric]} at {level:g}', values=scores, **(dict(tickformat=PERCENT) if study.metric == 'accuracy' else {}))
+    whole = dict(tickformat=PERCENT, range=[math.floor(100*min(scores))/100, math.ceil(100*max(scores))/100]) # the ends are written, too
+    score = dict(label=f'{METRICS[study.metric]} at {level:g}', values=scores, **(whole if study.metric == 'accuracy' and min(scores) < max(scores) else {}))
     trace = go.Parcoords(ids=[r['config_id'] for r in records], dimensions=[*dimensions, score], line=dict(color=scores, colorscale=SCORES), labelangle=-25, labelside='top', unselected=dict(line=dict(opacity=0.08)))
     return chart_figure([trace], {}, {}, margin=dict(l=60, r=40, t=76, b=20), height=360)
 

@@ -14,7 +14,7 @@ from .model_charts import (CYCLE, INK, PERCENT, QUIET, SCORES, chart_axis, chart
                                   surface_chart)
 from .probe import ended
 from .reader import StudyReader
-from .visualization import COLOURS, LOWEST_SCORE, log_ticks
+from .visualization import COLOURS, LOWEST_SCORE, log_ticks, two_deviations
 
 # %% auto #0
 __all__ = ['curves_chart', 'config_curves_chart', 'levels_chart', 'ranking_chart', 'timeline_chart', 'cost_parts', 'total_cost',
@@ -48,9 +48,8 @@ def _highlight(study: StudyReader, highlight: Sequence[str]|None) -> Sequence[st
 
 def _interval(study: StudyReader, mean: Iterable[float], std: Iterable[float]) -> dict[str, Any]:
     "Error bars of two deviations, as far as scores can go"
-    mean, two = np.asarray(mean, float), 2*np.asarray(std, float)
-    down = np.minimum(two, mean) if study.metric == 'accuracy' else two
-    return dict(array=plain_numbers(np.minimum(two, 1-mean)), arrayminus=plain_numbers(down), symmetric=False)
+    down, up = two_deviations(list(mean), list(std), study.metric)
+    return dict(array=plain_numbers(up), arrayminus=plain_numbers(down), symmetric=False)
 
 def _at(study: StudyReader, level: float|None) -> tuple[float, list[dict[str, Any]]]:
     "A level, by default the lowest, and its probes"

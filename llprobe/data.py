@@ -230,7 +230,7 @@ def open_dataset(
         return Dataset(metadata['name'], **{**optional, **tensors}, classes=tuple(json.loads(metadata['classes'])),
                        fingerprint=metadata['fingerprint'], task=metadata.get('task', 'classification'))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{path} is not a readable llprobe data set ({type(error).__name__}: {error}): save it again') from error
+        raise InputError(f'{path} is not a readable llprobe data set ({type(error).__name__}: {error}): save it again with save_dataset; arrays of your own, such as those of a CSV file, come in through from_arrays') from error
 
 # %% ../nbs/01_data.ipynb #01data01a
 def cache_folder(

@@ -103,7 +103,7 @@ def _grid(landscape: Landscape, quantity: str) -> tuple[list, list, list, list, 
     values = np.asarray(landscape.values[quantity], float).T
     z, ticks, text = _logarithms(values)
     x, y = (plain_numbers(landscape.coords[d]) for d in landscape.dims)
-    bar = dict(title=dict(text=quantity, side='right'), thickness=10, outlinewidth=0, tickvals=ticks, ticktext=text)
+    bar = dict(title=dict(text=quantity, side='top'), thickness=10, outlinewidth=0, tickvals=ticks, ticktext=text)
     return x, y, [plain_numbers(row) for row in z], [[f'{v:.4g}' for v in row] for row in values], bar
 
 def landscape_chart(

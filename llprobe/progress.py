@@ -39,7 +39,8 @@ class _Facts:
     @property
     def format_dict(self) -> dict[str, Any]: # What a format may name
         values = super().format_dict
-        number = f'{values["n"]}/{values["total"]}' if values['total'] else f'{values["n"]}'
+        n, total = (f'{v:.3g}' if isinstance(v, float) else v for v in (values['n'], values['total']))
+        number = f'{n}/{total}' if total else f'{n}'
         count = self.count or f'{number} {values["unit"]}'.rstrip()
         return values | dict(rate=self.rate, count=count, facts=f'{self.facts} ' if self.facts else '', title=f'{self.desc}, ' if self.desc else '')
 

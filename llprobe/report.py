@@ -28,7 +28,7 @@ class _Cell(NamedTuple):
     text: str
     value: float|str|None = None # To sort by; '' for a number that is missing
     href: str = ''
-    kind: str = 'words' # 'words', 'number' or 'id'
+    kind: str = 'words' # 'words', 'brief' (one line), 'number' or 'id'
 
 def _number(value: Any, show: Any = '{:.4g}'.format, **more: Any) -> _Cell:
     "A number's cell; a dash where there is none"
@@ -120,7 +120,7 @@ def _config_rows(study: StudyReader) -> tuple[list[str], list[list[_Cell]], int|
     for config in (order := study.order):
         r = ranking.loc[config] if config in ranking.index else dict(mean=None, std=None, val_score=None, level=None, status='not probed') | paused.get(config, {})
         show, status = _score(study), f'paused {paused_after(r)}' if r['status'] == 'paused' else r['status']
-        rows.append([_Cell(config[:8], href=f'{config}.html', kind='id'), _number(r['mean'], show), _number(r['std'], show), _number(r['val_score'], show), _number(r['level']), _Cell(status),
+        rows.append([_Cell(config[:8], href=f'{config}.html', kind='id'), _number(r['mean'], show), _number(r['std'], show), _number(r['val_score'], show), _number(r['level']), _Cell(status, kind='brief'),
                      *(_value(study.configs[config].get(n)) for n in names)])
     return ['config', f'predicted {METRICS[study.metric]}', '±', 'seen', 'at level', 'status', *names], rows, order.index(study.best) if study.best else None
 

@@ -290,8 +290,10 @@ def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For t
 # %% ../nbs/61_study.ipynb #61studyn01
 def _dear(study: Study) -> str: # Empty if the search is worth it
     "A word before a search that is expected to cost more than what it saves"
-    sizes, planned = study.search.rung_sizes(), study.settings.full_trainings+_standing(study)['total']
-    if not sizes or planned <= sizes[0] or study.store.probes(study.name): return ''
+    sizes = study.search.rung_sizes()
+    if not sizes or study.store.probes(study.name): return ''
+    planned = min(study.settings.full_trainings, sizes[0])+_standing(study)['total']
+    if planned <= sizes[0]: return ''
     return (f'expected cost: {planned:.3g} full trainings, more than the {sizes[0]} of training all configs in full, '
             'since validation and responses weigh much beside short trainings: fewer levels, more epochs or a budget make it worth while')
 
@@ -348,14 +350,16 @@ def _run_full(study: Study, trials: list[Trial], n_workers: int, executor: Execu
     anew, spent = _anew(tasks), _fte(study, study.search.records.values())
     label = 'full training' if len(tasks) == 1 else f'{len(tasks)} full trainings'
     with progress_bar(label, epochs*len(tasks), 'epochs', show=progress and bool(anew)) as bar, Workers(min(beside, len(tasks)), executor) as workers:
-        def on_epoch(row: dict) -> None:
-            score = show_score(row['val_score'], study.split.dataset.metric, 1)
-            bar.show(done+row['epoch'], f'validation {score}, {spent+(done+row["epoch"])/epochs:.3g} FTE')
+        def show(n: int, score: float|None, fte: float, label: str = 'validation') -> None: # own training may score only the end
+            scored = [] if score is None or math.isnan(score) else [f'{label} {show_score(score, study.split.dataset.metric, 1)}']
+            bar.show(n, ', '.join([*scored, f'{fte:.3g} FTE']))
+        def on_epoch(row: dict) -> None: show(done+row['epoch'], row['val_score'], spent+(done+row['epoch'])/epochs)
         here = executor is None and workers.n_workers == 1
         for task, result in workers.run(functools.partial(run_probe, on_epoch=on_epoch) if here else run_probe, tasks):
             _take_full(study, finished_record(task, result), task.checkpoint in anew)
             done += epochs
-            if not here: bar.show(done, f'{_fte(study, study.search.records.values()):.3g} FTE')
+            scores = [r['val_score'] for r in study.search.trained.values() if r['val_score'] is not None]
+            show(done, np.nanmax(scores) if np.isfinite(scores).any() else None, _fte(study, study.search.records.values()), 'validation' if len(tasks) == 1 else 'best')
 
 def _take_full(study: Study, record: dict, anew: bool) -> None:
     "The weights first, then the record"

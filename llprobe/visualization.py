@@ -13,15 +13,16 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from .core import METRICS, score_key
 
 COLOURS = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', grey='#777777')
 LOWEST_SCORE = -0.5 # Figures go no lower: R² has no lower end, and far below that of naming the mean its differences say nothing
 
 # %% auto #0
-__all__ = ['COLOURS', 'LOWEST_SCORE', 'VIRIDIS', 'quiet_axis', 'panel', 'panels', 'colour_bar', 'log_ticks', 'plot_levels',
-           'plot_responses', 'plot_curves', 'plot_predictions', 'plot_cost', 'plot_level_scores', 'plot_agreement',
-           'plot_recipes', 'save_figure']
+__all__ = ['COLOURS', 'LOWEST_SCORE', 'VIRIDIS', 'quiet_axis', 'panel', 'panels', 'colour_bar', 'log_ticks', 'two_deviations',
+           'plot_levels', 'plot_responses', 'plot_curves', 'plot_predictions', 'plot_cost', 'plot_level_scores',
+           'plot_agreement', 'plot_recipes', 'save_figure']
 
 # %% ../nbs/70_visualization.ipynb #70visualizat005
 VIRIDIS = ListedColormap(colormaps['viridis'](np.linspace(0, 0.92, 256))) # its last yellow is hard to see on white
@@ -95,6 +96,15 @@ def log_ticks(
     return sorted({float(f'{t:.{2 if high > 1.5*low else 4}g}') for t in np.geomspace(low, high, n)[1:-1]})
 
 # %% ../nbs/70_visualization.ipynb #70visualizat007
+def two_deviations(
+    mean: ArrayLike, # (n,) predicted scores
+    std: ArrayLike, # (n,) their deviations
+    metric: str, # A key of `core.METRICS`
+) -> np.ndarray: # (2, n) down and up
+    "Error bars of ± 2 deviations, as far as scores can go"
+    mean, two = np.atleast_1d(np.asarray(mean, float)), 2*np.atleast_1d(np.asarray(std, float))
+    return np.stack([np.minimum(two, mean) if metric == 'accuracy' else two, np.minimum(two, 1-mean)]).clip(0)
+
 def plot_levels(
     probes: pd.DataFrame, # One row a probe: config_id, level, purpose, val_score, status
     result: dict[str, Any], # Content of result.json
@@ -105,7 +115,7 @@ def plot_levels(
     for config, rows in probes[(probes.purpose == 'probe') & (probes.status != 'paused')].sort_values('level').groupby('config_id'):
         axis.plot(rows['level'], rows['val_score'], marker='o', ms=3, **_line_style(config == best))
     predicted, reached = result['predicted'], result['reached']
-    axis.errorbar(0.96, predicted[key], 2*predicted['std'], fmt='D', ms=5, capsize=3, color=COLOURS['orange'], label='predicted, ± 2 deviations')
+    axis.errorbar(0.96, predicted[key], two_deviations(predicted[key], predicted['std'], result['metric']), fmt='D', ms=5, capsize=3, color=COLOURS['orange'], label='predicted, ± 2 deviations')
     axis.plot(1.04, reached[key], '*', ms=11, color=COLOURS['green'], label='reached', zorder=4)
     axis.set(xscale='log', xlabel='level (fraction of the training data)', ylabel=f'validation {METRICS[result["metric"]]}')
     ticks = sorted({*probes['level'], 1.0})
@@ -162,7 +172,7 @@ def plot_predictions(
     table, key = pd.DataFrame(result['predictions']).iloc[::-1].reset_index(drop=True), score_key('val', result['metric'])
     axis.hlines(table.index, table[key], table['predicted'], color='#cccccc', lw=1)
     axis.plot(table[key], table.index, 'o', ms=4, color=COLOURS['grey'], label='seen at its highest level')
-    axis.errorbar(table['predicted'], table.index, xerr=2*table['std'], fmt='D', ms=4, lw=0.8, color=COLOURS['orange'], label='predicted at level 1, ± 2 deviations')
+    axis.errorbar(table['predicted'], table.index, xerr=two_deviations(table['predicted'], table['std'], result['metric']), fmt='D', ms=4, lw=0.8, color=COLOURS['orange'], label='predicted at level 1, ± 2 deviations')
     chosen = table.index[table['config_id'] == result['best_config_id']][0]
     axis.plot(result['reached'][key], chosen, '*', ms=12, color=COLOURS['green'], label='reached')
     axis.set_yticks(table.index, [f'{c[:6]} @ {l:g}' for c, l in zip(table['config_id'], table['level'])], fontsize=6, family='monospace')

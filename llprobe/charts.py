@@ -213,9 +213,10 @@ def responses_chart(
     bar = dict(title=dict(text=METRICS[study.metric], side='right'), thickness=10, outlinewidth=0, **(dict(tickformat=PERCENT) if study.metric == 'accuracy' else {}))
     if min(ends) < max(ends): traces.append(go.Scatter(x=[None], y=[None], mode='markers', showlegend=False, hoverinfo='skip',
                                                        marker=dict(color=[0], colorscale=SCORES, cmin=min(ends), cmax=max(ends), showscale=True, colorbar=bar)))
-    kept = [v for c, top in zip(scores, tops) if c in loud or top <= 20*float(np.median(tops)) for v in lines[c][1] if math.isfinite(v)] # a loss that explodes would flatten all others
+    steep = [c for c, top in zip(scores, tops) if c not in loud and not top <= 20*float(np.median(tops))] # a loss that explodes would flatten all others
+    kept = [v for c in scores if c not in steep for v in lines[c][1] if math.isfinite(v)]
     margin = 0.05*max(max(kept)-min(kept), 1e-6)
-    axis = chart_axis(f'rise of the {"validation" if sample == "val" else "training"} loss', range=plain_numbers([min(kept)-margin, max(kept)+margin]))
+    axis = chart_axis(f'rise of the {"validation" if sample == "val" else "training"} loss{f", {len(steep)} cut" if steep else ""}', range=plain_numbers([min(kept)-margin, max(kept)+margin]))
     return chart_figure(traces, chart_axis('radius, relative to each filter\'s norm'), axis)
 
 # %% ../nbs/76_charts.ipynb #76charts019

@@ -48,7 +48,7 @@ def _highlight(study: StudyReader, highlight: Sequence[str]|None) -> Sequence[st
 
 def _interval(study: StudyReader, mean: Iterable[float], std: Iterable[float]) -> dict[str, Any]:
     "Error bars of two deviations, as far as scores can go"
-    down, up = two_deviations(list(mean), list(std), study.metric)
+    down, up = two_deviations(mean, std, study.metric)
     return dict(array=plain_numbers(up), arrayminus=plain_numbers(down), symmetric=False)
 
 def _at(study: StudyReader, level: float|None) -> tuple[float, list[dict[str, Any]]]:
@@ -213,7 +213,8 @@ def responses_chart(
     bar = dict(title=dict(text=METRICS[study.metric], side='right'), thickness=10, outlinewidth=0, **(dict(tickformat=PERCENT) if study.metric == 'accuracy' else {}))
     if min(ends) < max(ends): traces.append(go.Scatter(x=[None], y=[None], mode='markers', showlegend=False, hoverinfo='skip',
                                                        marker=dict(color=[0], colorscale=SCORES, cmin=min(ends), cmax=max(ends), showscale=True, colorbar=bar)))
-    steep = [c for c, top in zip(scores, tops) if c not in loud and not top <= 20*float(np.median(tops))] # a loss that explodes would flatten all others
+    limit = 20*float(np.median(tops))
+    steep = [c for c, top in zip(scores, tops) if c not in loud and not top <= limit] # a loss that explodes would flatten all others
     kept = [v for c in scores if c not in steep for v in lines[c][1] if math.isfinite(v)]
     margin = 0.05*max(max(kept)-min(kept), 1e-6)
     axis = chart_axis(f'rise of the {"validation" if sample == "val" else "training"} loss{f", {len(steep)} cut" if steep else ""}', range=plain_numbers([min(kept)-margin, max(kept)+margin]))
@@ -277,8 +278,9 @@ def parallel_chart(
     if len(records) < 2: return message_chart('fewer than two configs have a score')
     dimensions = [_dimension(study, n, [r['config'].get(n) for r in records]) for n in study.space.names if len({r['config'].get(n) for r in records}) > 1]
     scores = plain_numbers(max(r['val_score'], LOWEST_SCORE) for r in records)
-    whole = dict(tickformat=PERCENT, range=[math.floor(100*min(scores))/100, math.ceil(100*max(scores))/100]) # the ends are written, too
-    score = dict(label=f'{METRICS[study.metric]} at {level:g}', values=scores, **(whole if study.metric == 'accuracy' and min(scores) < max(scores) else {}))
+    low = math.floor(100*min(scores))
+    high = max(math.ceil(100*max(scores)), low+1)
+    score = dict(label=f'{METRICS[study.metric]} at {level:g}', values=scores, **(dict(tickformat=PERCENT, range=[low/100, high/100]) if study.metric == 'accuracy' else {})) # the ends are written, too
     trace = go.Parcoords(ids=[r['config_id'] for r in records], dimensions=[*dimensions, score], line=dict(color=scores, colorscale=SCORES), labelangle=-25, labelside='top', unselected=dict(line=dict(opacity=0.08)))
     return chart_figure([trace], {}, {}, margin=dict(l=60, r=40, t=76, b=20), height=360)
 

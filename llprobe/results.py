@@ -51,12 +51,12 @@ def summary_rows(
     (val, test), name, show = (score_key(part, metric) for part in ('val', 'test')), METRICS[metric], functools.partial(show_score, metric=metric)
     vague = f', too wide to tell it from half of the {len(result["predictions"])} predicted' if is_vague(predicted[val], predicted['std'], [p['predicted'] for p in result['predictions']]) else ''
     full = [show(r[val]) for r in result['full_trainings']]
-    trainings, several = ('the full training', []) if len(full) == 1 else (f'{len(full)} full trainings', [(f'validation {name} of all trained in full', ', '.join(full))])
+    trainings, several = ('full training', []) if len(full) == 1 else (f'{len(full)} full trainings', [(f'validation {name} of all trained in full', ', '.join(full))])
     return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])}{vague}'),
             *several, (f'reached validation {name}', show(result['reached'][val])), (f'reached test {name}', show(result['reached'][test])),
-            ('cost of the search', f'{fte["probe"]+fte["metamodel"]:.2f} FTE'), (f'cost with {trainings}', f'{fte["total"]:.2f} FTE'),
+            ('cost of the search', f'{fte["probe"]+fte["metamodel"]:.2f} FTE'), (f'cost with {"" if several else "the "}{trainings}', f'{fte["total"]:.2f} FTE'),
             ('training every config tried in full', f'{fte["all_configs_in_full"]:.2f} FTE'),
-            (f'computing time of probes, meta-model, {trainings.removeprefix("the ")}', ', '.join(f'{seconds[k]:.1f} s' for k in ('probe', 'metamodel', 'final')))]
+            (f'computing time of probes, meta-model, {trainings}', ', '.join(f'{seconds[k]:.1f} s' for k in ('probe', 'metamodel', 'final')))]
 
 # %% ../nbs/78_results.ipynb #78results00a
 def read_runs(

@@ -350,16 +350,15 @@ def _run_full(study: Study, trials: list[Trial], n_workers: int, executor: Execu
     anew, spent = _anew(tasks), _fte(study, study.search.records.values())
     label = 'full training' if len(tasks) == 1 else f'{len(tasks)} full trainings'
     with progress_bar(label, epochs*len(tasks), 'epochs', show=progress and bool(anew)) as bar, Workers(min(beside, len(tasks)), executor) as workers:
-        def show(n: int, score: float|None, fte: float, label: str = 'validation') -> None: # own training may score only the end
-            scored = [] if score is None or math.isnan(score) else [f'{label} {show_score(score, study.split.dataset.metric, 1)}']
+        def show(n: int, score: float|None, fte: float, what: str = 'validation') -> None: # own training may score only the end
+            scored = [] if score is None or math.isnan(score) else [f'{what} {show_score(score, study.split.dataset.metric, 1)}']
             bar.show(n, ', '.join([*scored, f'{fte:.3g} FTE']))
         def on_epoch(row: dict) -> None: show(done+row['epoch'], row['val_score'], spent+(done+row['epoch'])/epochs)
         here = executor is None and workers.n_workers == 1
         for task, result in workers.run(functools.partial(run_probe, on_epoch=on_epoch) if here else run_probe, tasks):
             _take_full(study, finished_record(task, result), task.checkpoint in anew)
             done += epochs
-            scores = [r['val_score'] for r in study.search.trained.values() if r['val_score'] is not None]
-            show(done, np.nanmax(scores) if np.isfinite(scores).any() else None, _fte(study, study.search.records.values()), 'validation' if len(tasks) == 1 else 'best')
+            show(done, study.search.trained[study.search.best]['val_score'], _fte(study, study.search.records.values()), 'validation' if len(tasks) == 1 else 'best')
 
 def _take_full(study: Study, record: dict, anew: bool) -> None:
     "The weights first, then the record"

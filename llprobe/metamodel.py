@@ -4,12 +4,12 @@
 
 # %% ../nbs/51_metamodel.ipynb #51metamodel003
 from __future__ import annotations
+from itertools import product
 from typing import Protocol, Sequence
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy.special import expit
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import BayesianRidge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from .features import FAMILIES, feature_columns
@@ -27,8 +27,8 @@ class MetaModel(Protocol):
         "Predict each config from its highest level"
 
 # %% auto #0
-__all__ = ['MetaModel', 'log_odds_error', 'score_at', 'level_pairs', 'pair_weights', 'exponent_spread', 'PowerLawModel',
-           'is_vague']
+__all__ = ['PRIOR', 'TRAINING_NOISE', 'SPREADS', 'EFFECTS', 'MetaModel', 'log_odds_error', 'score_at', 'level_pairs',
+           'PowerLawModel', 'is_vague']
 
 # %% ../nbs/51_metamodel.ipynb #51metamodel005
 def log_odds_error(
@@ -55,7 +55,7 @@ def level_pairs(
     frame: pd.DataFrame, # From `features.feature_frame`; trainings that went well
     n_samples: int, # Validation samples
     chance: float, # Score of chance
-) -> pd.DataFrame: # Columns row (position of the lower level's row), exponent, variance
+) -> pd.DataFrame: # Columns row (position of the lower level's row), z (there), step (of the logarithm of the level), exponent, variance (by sampling)
     "The exponent each config shows between neighbouring levels"
     frame = frame.reset_index(drop=True)
     z, variance = log_odds_error(frame.val_score, n_samples, chance)
@@ -63,34 +63,27 @@ def level_pairs(
     for _, rows in frame.sort_values('level').groupby('config_id', sort=False):
         for low, high in zip(rows.index[:-1], rows.index[1:]):
             step = np.log(frame.level[high]/frame.level[low])
-            if step > 0: pairs.append((low, (z[low]-z[high])/step, (variance[low]+variance[high])/step**2))
-    return pd.DataFrame(pairs, columns=['row', 'exponent', 'variance'])
-
-def pair_weights(
-    pairs: pd.DataFrame, # From `level_pairs`
-) -> pd.Series: # Above 0
-    "Weights by precision, such that no single pair may decide alone"
-    return 1/(pairs.variance+pairs.variance.median())
-
-def exponent_spread(
-    pairs: pd.DataFrame, # From `level_pairs`, at least one
-) -> tuple[float, float]: # Mean and deviation
-    "What exponents are like"
-    weight = pair_weights(pairs)
-    mean = np.average(pairs.exponent, weights=weight)
-    return float(mean), float(max(np.sqrt(np.average((pairs.exponent-mean)**2, weights=weight)), 0.02))
+            if step > 0: pairs.append((low, z[low], step, (z[low]-z[high])/step, (variance[low]+variance[high])/step**2))
+    return pd.DataFrame(pairs, columns=['row', 'z', 'step', 'exponent', 'variance']).astype(dict(row=int, z=float, step=float, exponent=float, variance=float))
 
 # %% ../nbs/51_metamodel.ipynb #51metamodel00b
+PRIOR = (0.6, 0.35) # Mean and deviation of a data set's exponent
+TRAINING_NOISE = 0.2 # Deviation of one training's z, at small errors
+SPREADS, EFFECTS = (0.1, 0.25, 0.6), (0.05, 0.15, 0.4) # Deviations of exponents: among configs with the same features, and by all features together
+
+def _near_chance(z: np.ndarray) -> np.ndarray: # From 1 to 2
+    "How much wider exponents and scores spread there"
+    return 1+expit(z)
+
 class PowerLawModel:
     "Extrapolate each config's error to level 1 along a line whose slope is learnt from probes"
     def __init__(self,
         n_samples: int, # Validation samples behind each score
         chance: float, # Score of a diverged config: 1/n_classes of accuracies, 0 of R²
         families: Sequence[str] = FAMILIES, # Which features may be used
-        prior: tuple[float, float] = (0.3, 0.2), # Mean and deviation of an exponent before any pair was seen
-        min_pairs: int = 4, # Fewer than this, and the prior is used alone
+        prior: tuple[float, float] = PRIOR, # Mean and deviation of the data set's exponent before any pair was seen
     ):
-        self.n_samples, self.chance, self.families, self.prior, self.min_pairs = n_samples, chance, families, prior, min_pairs
+        self.n_samples, self.chance, self.families, self.prior = n_samples, chance, families, prior
 
     def fit(self,
         frame: pd.DataFrame, # From `features.feature_frame`: everything known by now
@@ -98,27 +91,55 @@ class PowerLawModel:
         "Learn exponents from the configs that were probed at two levels or more"
         frame = frame[frame.status == 'ok'].reset_index(drop=True)
         pairs = level_pairs(frame, self.n_samples, self.chance)
-        self.columns, self.regressor, self.spread = feature_columns(frame, self.families), None, self.prior
-        self.n_pairs = len(pairs)
-        if len(pairs) < self.min_pairs: return self
-        weight = pair_weights(pairs)
-        self.spread = exponent_spread(pairs)
-        if not self.columns: return self
-        self.regressor = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler(), BayesianRidge())
-        self.regressor.fit(frame.loc[pairs.row, self.columns], pairs.exponent, bayesianridge__sample_weight=weight/weight.mean())
+        self.n_pairs, self.columns = len(pairs), feature_columns(frame, self.families) if len(frame) else []
+        self.scaler = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler()).fit(frame[self.columns]) if self.columns else None
+        inputs, exponent, wider = self._inputs(frame.loc[pairs.row]), pairs.exponent.to_numpy()-self.prior[0], _near_chance(pairs.z.to_numpy())
+        noise = pairs.variance.to_numpy()+2*(TRAINING_NOISE*wider/pairs.step.to_numpy())**2
+        self.parts = [(spread, *_posterior(inputs, exponent, noise+(spread*wider)**2, self.prior[1], effect)) for spread, effect in product(SPREADS, EFFECTS)]
+        evidence = np.array([part[1] for part in self.parts])
+        self.weights = np.exp(evidence-evidence.max())/np.exp(evidence-evidence.max()).sum()
         return self
+
+    def _inputs(self,
+        rows: pd.DataFrame,
+    ) -> np.ndarray: # (n, 1 or more): a one, and the features, such that their squares sum to about 1
+        "What the regression is on"
+        if self.scaler is None: return np.ones((len(rows), 1))
+        features = self.scaler.transform(rows.reindex(columns=self.columns)).clip(-3, 3) if len(rows) else np.empty((0, len(self.columns)))
+        return np.hstack([np.ones((len(rows), 1)), features/len(self.columns)**0.5])
+
+def _posterior(
+    inputs: np.ndarray, # (n, p)
+    exponent: np.ndarray, # (n,) less the prior's mean
+    variance: np.ndarray, # (n,) of the noise
+    deviation: float, # Of the first coefficient, by the prior
+    effect: float, # Likewise of the others
+) -> tuple[float, np.ndarray, np.ndarray]: # Logarithm of the evidence, mean (p,) and covariance (p, p) of the coefficients
+    "Bayesian linear regression"
+    prior = np.r_[deviation, np.full(inputs.shape[1]-1, effect)]**-2
+    precision = inputs.T@(inputs/variance[:, None])+np.diag(prior)
+    covariance = np.linalg.inv(precision)
+    mean = covariance@(inputs.T@(exponent/variance))
+    determinants = np.log(prior).sum()-np.linalg.slogdet(precision)[1]-np.log(variance).sum()
+    return (mean@precision@mean-exponent@(exponent/variance)+determinants)/2, mean, covariance
 
 # %% ../nbs/51_metamodel.ipynb #51metamodel00d
 @patch
 def _exponents(self: PowerLawModel,
-    rows: pd.DataFrame, # The rows to start from
+    inputs: np.ndarray, # (n, p)
+    wider: np.ndarray|float = 1.0, # (n,) from `_near_chance`
 ) -> tuple[np.ndarray, np.ndarray]: # Mean and deviation of each exponent
-    "The regression combined with the spread of exponents, or that spread alone"
-    centre, width = self.spread
-    if self.regressor is None: return np.full(len(rows), centre), np.full(len(rows), width)
-    mean, std = self.regressor.predict(rows.reindex(columns=self.columns), return_std=True)
-    precision = 1/std**2+1/width**2
-    return ((mean/std**2+centre/width**2)/precision).clip(0), precision**-0.5
+    "The parts' answers, weighted by their evidence"
+    means = np.array([self.prior[0]+inputs@mean for _, _, mean, _ in self.parts])
+    variances = np.array([((inputs@covariance)*inputs).sum(1)+(spread*wider)**2 for spread, _, _, covariance in self.parts])
+    mean = self.weights@means
+    return mean.clip(0), np.sqrt(self.weights@(variances+(means-mean)**2))
+
+@patch(as_prop=True)
+def spread(self: PowerLawModel) -> tuple[float, float]: # Mean and deviation
+    "The exponents of configs with ordinary features, away from chance"
+    mean, deviation = self._exponents(np.eye(1, len(self.columns)+1))
+    return float(mean[0]), float(deviation[0])
 
 @patch
 def predict(self: PowerLawModel,
@@ -127,9 +148,9 @@ def predict(self: PowerLawModel,
     "Predict each config's score at level 1 from its highest level"
     top = frame.loc[frame.groupby('config_id', sort=False)['level'].idxmax()]
     z, variance = log_odds_error(top.val_score.to_numpy(), self.n_samples, self.chance)
-    exponent, deviation = self._exponents(top)
-    distance = np.log(1/top.level.to_numpy())
-    centre, width = z-exponent*distance, np.sqrt(variance+(deviation*distance)**2)
+    wider, distance = _near_chance(z), np.log(1/top.level.to_numpy())
+    exponent, deviation = self._exponents(self._inputs(top), wider)
+    centre, width = z-exponent*distance, np.sqrt(variance+(TRAINING_NOISE*wider)**2*(distance > 0)+(deviation*distance)**2)
     mean, low, high = (score_at(z, self.chance) for z in (centre, centre+width, centre-width))
     table = pd.DataFrame(dict(mean=mean, std=(high-low)/2, level=top.level.to_numpy(), exponent=exponent), index=pd.Index(top.config_id, name='config_id'))
     failed = (top.status != 'ok').to_numpy()
@@ -138,25 +159,26 @@ def predict(self: PowerLawModel,
 
 # %% ../nbs/51_metamodel.ipynb #51metamodel00f
 @patch
-def learnt(self: PowerLawModel) -> pd.Series: # By feature, strongest first; empty when the prior is used alone
+def learnt(self: PowerLawModel) -> pd.Series: # By feature, strongest first; empty when there is only the prior
     "The change of the exponent per standard deviation of a feature"
-    if self.regressor is None: return pd.Series(dtype=float)
-    weights = pd.Series(self.regressor[-1].coef_, self.columns)
+    if not self.n_pairs or not self.columns: return pd.Series(dtype=float)
+    weights = pd.Series(self.weights@[mean[1:] for _, _, mean, _ in self.parts]/len(self.columns)**0.5, self.columns)
     return weights.loc[weights.abs().sort_values(ascending=False, kind='stable').index]
 
 @patch
 def _summary(self: PowerLawModel) -> str:
     "What was learnt, in half a sentence"
-    if not hasattr(self, 'spread'): return 'not fitted yet'
-    source = f'{self.n_pairs} pairs of levels' if self.n_pairs >= self.min_pairs else f'the prior, since there are {self.n_pairs} of {self.min_pairs} pairs of levels'
-    return f'error falls with the data to the power of {self.spread[0]:.2f} ± {self.spread[1]:.2f}, from {source}'
+    if not hasattr(self, 'parts'): return 'not fitted yet'
+    mean, deviation = self.spread
+    source = f'a prior and {self.n_pairs} pairs of levels' if self.n_pairs else 'a prior alone, since no config was seen at two levels'
+    return f'error falls with the data to the power of {mean:.2f} ± {deviation:.2f}, from {source}'
 
 @patch
 def __repr__(self: PowerLawModel) -> str: return f'PowerLawModel({self._summary()})'
 
 @patch
 def _repr_html_(self: PowerLawModel) -> str:
-    strongest = self.learnt().head(8).rename('change of the exponent').to_frame() if hasattr(self, 'spread') else ()
+    strongest = self.learnt().head(8).rename('change of the exponent').to_frame() if hasattr(self, 'parts') else ()
     return f'<p>{self._summary().capitalize()}.</p>{strongest.to_html(float_format="{:+.3f}".format) if len(strongest) else ""}'
 
 # %% ../nbs/51_metamodel.ipynb #51metamodeln01

@@ -13,7 +13,7 @@ from .adaptive import initial_order, normal_quantiles
 from .core import InputError, write_json
 from .dataset_features import chance_score, part_sizes
 from .features import fidelities
-from .metamodel import exponent_spread, level_pairs
+from .metamodel import PRIOR, PowerLawModel
 from .space import SearchSpace, config_id
 from .store import open_store
 from .surrogate import FidelityGP
@@ -44,12 +44,14 @@ def source_predictions(
 # %% ../nbs/55_warm_start.ipynb #55warmstart00b
 def prior_exponents(
     studies: Iterable[tuple[pd.DataFrame, int, float]], # Of each: columns config_id, level, status, val_score; validation samples; score of chance
-    min_pairs: int = 8, # Of neighbouring levels, over all studies
-) -> tuple[float, float]|None: # Mean and deviation, for `metamodel.PowerLawModel`; None from fewer pairs
-    "The exponents that other studies' configs show between levels"
-    pairs = [level_pairs(frame[frame.status == 'ok'], n, chance) for frame, n, chance in studies if len(frame)]
-    pairs = pd.concat(pairs) if pairs else []
-    return exponent_spread(pairs) if len(pairs) >= min_pairs else None
+    min_pairs: int = 4, # A study with fewer of neighbouring levels has no say
+) -> tuple[float, float]|None: # Mean and deviation, for `metamodel.PowerLawModel`; None if no study has a say
+    "What a data set's exponent is like after other data sets'"
+    models = [PowerLawModel(n, chance).fit(frame) for frame, n, chance in studies if len(frame)]
+    exponents = [model.spread[0] for model in models if model.n_pairs >= min_pairs]
+    if not exponents: return None
+    share = 1/(1+len(exponents))
+    return share*(PRIOR[0]+sum(exponents)), PRIOR[1]*((1+share)/2)**0.5
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart00f
 def _read(folder: str|Path, out: Path) -> tuple[dict, list[dict], int, float]|None: # Study, probes, validation samples, chance; None without a study

@@ -159,10 +159,12 @@ def wilcoxon_holm(
 # %% ../nbs/72_comparison.ipynb #72comparison016
 _STYLES = list(zip(['#0072B2', '#777777', '#56B4E9', '#009E73', '#E69F00', '#D55E00', '#CC79A7', '#000000'], 'osv^DPX*'))
 
+_WARM = dict(llprobe_transfer=dict(ls='--', marker='D', label='llprobe, with other tasks'), llprobe_studies=dict(ls=':', marker='d', label='llprobe, with studies of other tasks'))
+
 def _style(name: str) -> dict[str, Any]:
     "Colour and marker of a method, the same in every figure"
     colour, marker = _STYLES[0 if name == 'llprobe' else 1+[m for m in METHODS if m != 'llprobe'].index(name) % 7] if name in METHODS else ('#bbbbbb', '.')
-    if name == 'llprobe_transfer': return _style('llprobe') | dict(ls='--', marker='D', label='llprobe, with other tasks')
+    if name in _WARM: return _style('llprobe') | _WARM[name]
     return dict(color=colour, marker=marker, ms=4, lw=2.0 if name == 'llprobe' else 1.2, label=name.replace('_', ' '))
 
 def _set_ticks(axis: Axis, ticks: Sequence[float], low: float, high: float) -> None:

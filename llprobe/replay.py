@@ -286,13 +286,12 @@ def search_ladder(
 def llprobe_search(
     run: Run,
     seed: int,
-    others: Sequence[ReplayTable] = (), # Other tasks, on the same configs; the one that is searched is left out
+    sources: dict[str, np.ndarray]|None = None, # By table: (s, n) what other tasks predict of its configs, on any scale
 ) -> None:
     "An adaptive search over configs and fidelities"
     rungs, order = search_ladder(run.table), np.random.default_rng(seed).permutation(run.n)
     ladder = [Rung(float(run.table.levels[level]), int(run.table.epochs[e]), rung_cost(run.table, (level, e))) for level, e in rungs]
-    sources = [t.score[order, -1, -1] for t in others if t.name != run.table.name and np.array_equal(t.encoded, run.table.encoded)]
-    search = AdaptiveSearch(run.table.encoded[order], ladder, seed, sources=np.array(sources) if sources else None)
+    search = AdaptiveSearch(run.table.encoded[order], ladder, seed, sources=sources[run.table.name][:, order] if sources else None)
     while steps := search.ask():
         for step in steps: search.tell(step.number, run.evaluate(int(order[step.candidate]), *rungs[step.rung])[-1])
 

@@ -22,10 +22,11 @@ from .search import BudgetSearch, Trial
 from .space import SearchSpace, config_id
 from .store import open_store
 from .study import StudySettings, finished_record, hardware, versions
+from .warm_start import source_predictions
 
 # %% auto #0
 __all__ = ['table_dataset', 'probe_table', 'write_table', 'read_table', 'table_records', 'replay_table', 'card_space',
-           'card_settings', 'card_dataset', 'validation_size', 'replay_study']
+           'card_settings', 'card_dataset', 'validation_size', 'replay_study', 'table_sources']
 
 # %% ../nbs/63_table.ipynb #63table005
 def _mnist5k() -> Dataset:
@@ -135,6 +136,8 @@ def table_records(
 def _check_seed(folder: str|Path, seed: int, card: dict[str, Any]) -> None:
     if seed not in card['seeds']: raise InputError(f'{folder} has no seed {seed}: choose from {", ".join(map(str, card["seeds"]))}')
 
+def _replay_name(card: dict[str, Any], seed: int) -> str: return f'{card["dataset"]}, seed {seed}'
+
 def replay_table(
     folder: str|Path, # From `write_table`
     seed: int, # One of the table's
@@ -153,7 +156,7 @@ def replay_table(
     score[:, :, -1] = ended['val_score'].where(ended['status'] == 'ok').to_numpy(float).reshape(shape[:2])
     cost = np.broadcast_to(np.array(levels)[:, None]*epochs/epochs[-1], shape).copy()
     if charge_responses: cost[:, :, -1] += (ended['forward_samples'].fillna(0)/FORWARDS_PER_TRAIN_SAMPLE/(probes['n_samples'].max()*epochs[-1])).to_numpy().reshape(shape[:2])
-    return ReplayTable(f'{card["dataset"]}, seed {seed}', space.encode(card['configs']), space.encoded_names, score, levels, epochs, cost, card['chance'])
+    return ReplayTable(_replay_name(card, seed), space.encode(card['configs']), space.encoded_names, score, levels, epochs, cost, card['chance'])
 
 # %% ../nbs/63_table.ipynb #63table00f
 def card_space(
@@ -204,15 +207,8 @@ def _paused(record: dict, epochs: int|None, n_curve: int) -> dict:
     return record | dict(status='paused', curve=record['curve'][:epochs], responses=[], val_score=record['curve'][epochs-1]['val_score'],
                          train_samples=record['train_samples']*epochs/record['n_epochs'], forward_samples=n_curve*epochs)
 
-def replay_study(
-    folder: str|Path, # From `write_table`
-    seed: int, # One of the table's
-    budget: float, # In full trainings
-    search_seed: int = 0, # Of the search, and of the order of its pool
-    pauses: Sequence[float] = (0.33, 0.67), # As of `StudySettings`
-    n_full: int|None = None, # Likewise
-) -> dict[str, float]: # score: validation score in full of the config chosen; best: of the table; n_configs: tried; fte: what it cost
-    "What `run_study` would have made of a table's configs"
+def _searched(folder: str|Path, seed: int, budget: float, search_seed: int = 0, pauses: Sequence[float] = (0.33, 0.67), n_full: int|None = None) -> BudgetSearch:
+    "The search of a study on a table's configs, at its end"
     every, card, n_val = _by_trial(Path(folder))
     _check_seed(folder, seed, card)
     records = every[seed]
@@ -230,6 +226,34 @@ def replay_study(
         return _paused(record, trial.epochs, n_curve)
     while trials := search.ask():
         for trial in trials: search.tell(look_up(trial))
+    return search
+
+def replay_study(
+    folder: str|Path, # From `write_table`
+    seed: int, # One of the table's
+    budget: float, # In full trainings
+    search_seed: int = 0, # Of the search, and of the order of its pool
+    pauses: Sequence[float] = (0.33, 0.67), # As of `StudySettings`
+    n_full: int|None = None, # Likewise
+) -> dict[str, float]: # score: validation score in full of the config chosen; best: of the table; n_configs: tried; fte: what it cost
+    "What `run_study` would have made of a table's configs"
+    search, (every, card, _) = _searched(folder, seed, budget, search_seed, pauses, n_full), _by_trial(Path(folder))
+    full = [r for (_, level), r in every[seed].items() if level == 1]
     def reached(record: dict) -> float: return record['val_score'] if record['status'] == 'ok' else card['chance']
     return dict(score=reached(search.records[search.best, 1.0, 'final']), best=max(map(reached, full)), n_configs=len({config for config, *_ in search.records}),
-                fte=full_training_equivalents(search.records.values(), n_train, n_epochs))
+                fte=full_training_equivalents(search.records.values(), full[0]['n_samples'], full[0]['n_epochs']))
+
+def table_sources(
+    folders: Sequence[str|Path], # Of tables, each of another data set
+    budget: float|None = None, # In full trainings: learn from what a study within this budget sees, instead of from whole tables
+) -> dict[str, np.ndarray]: # By the name of each `replay_table`: (tables-1, n)
+    "What each table's configs would reach by the other tables, at their first seed, as a warm start predicts it"
+    cards, records = [], []
+    for folder in folders:
+        every, card, _ = _by_trial(Path(folder))
+        cards.append(card)
+        records.append(list((every[card['seeds'][0]] if budget is None else _searched(folder, card['seeds'][0], budget).records).values()))
+    def predicted(card: dict) -> np.ndarray:
+        found = [source_predictions(other, card_space(card), card['configs'], its['dataset']) for other, its in zip(records, cards) if its is not card]
+        return np.array([p for p in found if p is not None]).reshape(-1, len(card['configs']))
+    return {_replay_name(card, seed): predictions for card in cards for predictions in [predicted(card)] for seed in card['seeds']}

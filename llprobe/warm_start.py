@@ -22,24 +22,35 @@ from .surrogate import FidelityGP
 __all__ = ['source_predictions', 'prior_exponents', 'WarmStart', 'learn', 'warm_design']
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart005
-def _is_valid(space: SearchSpace, config: dict) -> bool:
-    try: return bool(space.validate(config))
-    except InputError: return False
+def _shared_space(space: SearchSpace, configs: Sequence[dict]) -> SearchSpace|None: # None if nothing that varies is shared
+    "The part of a space whose hyper-parameters other configs have, too"
+    written, known, entries = space.to_dict()['hyperparameters'], set().union(*configs), {}
+    for name in space.names: # parents first
+        if name in known and all(parent in entries for parent in space.when.get(name, ())): entries[name] = written[name]
+    shared = SearchSpace(space.architecture, entries) if entries else None
+    return shared if shared and shared.encoded_names else None
+
+def _within(space: SearchSpace, config: dict) -> dict|None: # None if its values are none of the space's
+    "What a space holds of a config"
+    try: return space.validate({name: value for name, value in config.items() if name in space.names})
+    except InputError: return None
 
 def source_predictions(
-    records: Iterable[dict], # Another study's probes, as `store.Store.probes` gives them
+    records: Sequence[dict], # Another study's probes, as `store.Store.probes` gives them
     space: SearchSpace, # Of the new study
     candidates: Sequence[dict], # n configs of that space
     name: str = 'the source', # In the warning
 ) -> np.ndarray|None: # (n,) on a scale of ranks, higher is better; None, with a warning, from fewer than 4 configs
-    "What each candidate would reach in full in the other study"
-    rows = [r for r in records if _is_valid(space, r['config'])]
-    if (n := len({config_id(r['config']) for r in rows})) < 4:
-        warnings.warn(f'{name} tried {n} configs of this space, and 4 are needed to learn from it: it is left out')
+    "What each candidate would reach in full in the other study, by the hyper-parameters that both search"
+    shared = _shared_space(space, [r['config'] for r in records])
+    configs = [_within(shared, r['config']) for r in records] if shared else []
+    rows, configs = [r for r, c in zip(records, configs) if c], [c for c in configs if c]
+    if (n := len({config_id(c) for c in configs})) < 4:
+        warnings.warn(f'{name} tried {n} configs within this space, and 4 are needed to learn from it: it is left out')
         return None
     scores = normal_quantiles(np.array([r['val_score'] if r['status'] in ('ok', 'paused') else np.nan for r in rows], float))
-    x = space.encode([r['config'] for r in rows])
-    return FidelityGP(x.shape[1]).fit(x, fidelities(rows), scores).predict(space.encode(list(candidates)), [1.0, 1.0])[0]
+    x = shared.encode(configs)
+    return FidelityGP(x.shape[1]).fit(x, fidelities(rows), scores).predict(shared.encode([_within(shared, c) for c in candidates]), [1.0, 1.0])[0]
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart00b
 def prior_exponents(

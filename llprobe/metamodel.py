@@ -8,7 +8,7 @@ from itertools import product
 from typing import Protocol, Sequence
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from scipy.special import expit
+from scipy.special import expit, softmax
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -27,8 +27,7 @@ class MetaModel(Protocol):
         "Predict each config from its highest level"
 
 # %% auto #0
-__all__ = ['PRIOR', 'TRAINING_NOISE', 'SPREADS', 'EFFECTS', 'MetaModel', 'log_odds_error', 'score_at', 'level_pairs',
-           'PowerLawModel', 'is_vague']
+__all__ = ['PRIOR', 'MetaModel', 'log_odds_error', 'score_at', 'level_pairs', 'PowerLawModel', 'is_vague']
 
 # %% ../nbs/51_metamodel.ipynb #51metamodel005
 def log_odds_error(
@@ -64,12 +63,12 @@ def level_pairs(
         for low, high in zip(rows.index[:-1], rows.index[1:]):
             step = np.log(frame.level[high]/frame.level[low])
             if step > 0: pairs.append((low, z[low], step, (z[low]-z[high])/step, (variance[low]+variance[high])/step**2))
-    return pd.DataFrame(pairs, columns=['row', 'z', 'step', 'exponent', 'variance']).astype(dict(row=int, z=float, step=float, exponent=float, variance=float))
+    return pd.DataFrame(pairs, columns=['row', 'z', 'step', 'exponent', 'variance'], dtype=float).astype(dict(row=int))
 
 # %% ../nbs/51_metamodel.ipynb #51metamodel00b
 PRIOR = (0.6, 0.35) # Mean and deviation of a data set's exponent
-TRAINING_NOISE = 0.2 # Deviation of one training's z, at small errors
-SPREADS, EFFECTS = (0.1, 0.25, 0.6), (0.05, 0.15, 0.4) # Deviations of exponents: among configs with the same features, and by all features together
+_TRAINING_NOISE = 0.2 # Deviation of one training's z, at small errors
+_SPREADS, _EFFECTS = (0.1, 0.25, 0.6), (0.05, 0.15, 0.4) # Deviations of exponents: among configs with the same features, and by all features together
 
 def _near_chance(z: np.ndarray) -> np.ndarray: # From 1 to 2
     "How much wider exponents and scores spread there"
@@ -94,10 +93,9 @@ class PowerLawModel:
         self.n_pairs, self.columns = len(pairs), feature_columns(frame, self.families) if len(frame) else []
         self.scaler = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler()).fit(frame[self.columns]) if self.columns else None
         inputs, exponent, wider = self._inputs(frame.loc[pairs.row]), pairs.exponent.to_numpy()-self.prior[0], _near_chance(pairs.z.to_numpy())
-        noise = pairs.variance.to_numpy()+2*(TRAINING_NOISE*wider/pairs.step.to_numpy())**2
-        self.parts = [(spread, *_posterior(inputs, exponent, noise+(spread*wider)**2, self.prior[1], effect)) for spread, effect in product(SPREADS, EFFECTS)]
-        evidence = np.array([part[1] for part in self.parts])
-        self.weights = np.exp(evidence-evidence.max())/np.exp(evidence-evidence.max()).sum()
+        noise = pairs.variance.to_numpy()+2*(_TRAINING_NOISE*wider/pairs.step.to_numpy())**2
+        self.parts = [(spread, *_posterior(inputs, exponent, noise+(spread*wider)**2, self.prior[1], effect)) for spread, effect in product(_SPREADS, _EFFECTS)]
+        self.weights = softmax([evidence for _, evidence, *_ in self.parts])
         return self
 
     def _inputs(self,
@@ -150,7 +148,7 @@ def predict(self: PowerLawModel,
     z, variance = log_odds_error(top.val_score.to_numpy(), self.n_samples, self.chance)
     wider, distance = _near_chance(z), np.log(1/top.level.to_numpy())
     exponent, deviation = self._exponents(self._inputs(top), wider)
-    centre, width = z-exponent*distance, np.sqrt(variance+(TRAINING_NOISE*wider)**2*(distance > 0)+(deviation*distance)**2)
+    centre, width = z-exponent*distance, np.sqrt(variance+(_TRAINING_NOISE*wider)**2*(distance > 0)+(deviation*distance)**2)
     mean, low, high = (score_at(z, self.chance) for z in (centre, centre+width, centre-width))
     table = pd.DataFrame(dict(mean=mean, std=(high-low)/2, level=top.level.to_numpy(), exponent=exponent), index=pd.Index(top.config_id, name='config_id'))
     failed = (top.status != 'ok').to_numpy()

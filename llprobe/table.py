@@ -256,4 +256,6 @@ def table_sources(
     def predicted(card: dict) -> np.ndarray:
         found = [source_predictions(other, card_space(card), card['configs'], its['dataset']) for other, its in zip(records, cards) if its is not card]
         return np.array([p for p in found if p is not None]).reshape(-1, len(card['configs']))
-    return {_replay_name(card, seed): predictions for card in cards for predictions in [predicted(card)] for seed in card['seeds']}
+    sources: dict[str, np.ndarray] = {}
+    for card in cards: sources |= dict.fromkeys([_replay_name(card, seed) for seed in card['seeds']], predicted(card))
+    return sources

@@ -114,7 +114,7 @@ def _posterior(
     effect: float, # Likewise of the others
 ) -> tuple[float, np.ndarray, np.ndarray]: # Logarithm of the evidence, mean (p,) and covariance (p, p) of the coefficients
     "Bayesian linear regression"
-    prior = np.r_[deviation, np.full(inputs.shape[1]-1, effect)]**-2
+    prior = 1/np.r_[deviation, np.full(inputs.shape[1]-1, effect)]**2
     precision = inputs.T@(inputs/variance[:, None])+np.diag(prior)
     covariance = np.linalg.inv(precision)
     mean = covariance@(inputs.T@(exponent/variance))

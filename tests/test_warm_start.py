@@ -89,6 +89,14 @@ def test_a_study_resumes_without_its_source(settings, source, tmp_path):
     assert tried-set(cold) if settings.budget is None else tried != set(cold[:len(tried)]), 'the source had no say'
 
 
+def test_a_study_of_another_architecture_is_a_source(source, tmp_path):
+    study = open_study('wine', tmp_path/'wine', settings=replace(SMALL, warm_start=(source,)), progress=False)
+    study.store.close()
+    kept = json.loads((tmp_path/'wine'/'warm-start.json').read_text())
+    assert study.search.space.architecture == 'mlp' and kept['sources'][0]['dataset'] == 'digits'
+    assert len(kept['predictions'][0]) == len(kept['candidates']) and np.ptp(kept['predictions'][0]) > 0
+
+
 def test_a_source_that_grew_changes_nothing(source, tmp_path):
     shutil.copytree(source, tmp_path/'source')
     warm = replace(SMALL, warm_start=(tmp_path/'source',))

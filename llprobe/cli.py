@@ -4,7 +4,7 @@
 
 # %% ../nbs/90_cli.ipynb #90cli003
 from __future__ import annotations
-import argparse, contextlib, importlib.metadata, os, sys, time, warnings
+import argparse, contextlib, importlib.metadata, os, re, sys, time, warnings
 from pathlib import Path
 from typing import Any, Iterator, NoReturn, Sequence
 from .core import InputError, show_value
@@ -23,6 +23,11 @@ def _number(text: str, kind: type = float) -> float:
     except ValueError: raise argparse.ArgumentTypeError(f'needs a {"whole " if kind is int else ""}number, got {text!r}') from None
 
 def _whole(text: str) -> int: return _number(text, int)
+
+def _seconds(text: str) -> float:
+    "A time to spend"
+    if (value := _number(text)) >= 0: return value
+    raise argparse.ArgumentTypeError(f'needs seconds, at least 0, got {text!r}')
 
 # %% ../nbs/90_cli.ipynb #90cli005
 def _add_run(commands: argparse._SubParsersAction) -> None:
@@ -79,7 +84,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser('report', help='write or serve a site of studies, finished or running', description='Write a site of studies, finished or running: a folder of pages that opens without a network.')
     p.add_argument('studies', type=Path, nargs='+', metavar='FOLDER', help='of a study, or above several')
     p.add_argument('-o', '--out', type=Path, metavar='DIR', help='folder of the site; by default report/ in the one FOLDER, or with --serve a temporary one')
-    p.add_argument('--details', type=_number, default=20.0, metavar='SECONDS', help='time for landscapes and answers of trained models, the chosen config first (default: 20)')
+    p.add_argument('--details', type=_seconds, default=20.0, metavar='SECONDS', help='time for landscapes and answers of trained models, the chosen config first (default: 20)')
     p.add_argument('--serve', action='store_true', help='serve the site on 127.0.0.1, and follow studies that are running')
     p.add_argument('--port', type=_whole, default=8765, help='of --serve; 0 for any that is free (default: 8765)')
     p.set_defaults(command=report)
@@ -126,13 +131,20 @@ def run(args: argparse.Namespace) -> None:
     _check_say(args)
     from llprobe.study import run_study
     sys.path.insert(0, str(Path.cwd())) # a model of one's own may lie in this folder
-    start = time.perf_counter()
+    start, was_finished = time.perf_counter(), _is_finished(args.out)
     trackers = _trackers(args.track)
     result = run_study(args.dataset, args.out, _space(args), _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet, trackers=trackers)
     page = _write_report(args.out, details=5.0)
     _print_table(result, time.perf_counter()-start)
     for name, path in dict(report=page, figures=args.out/'figures', numbers=args.out/'result.json', weights=args.out/'best.safetensors').items():
         print(f'{name:<8} {path}')
+    if was_finished: print('\nthe study was finished before, so nothing was trained: for more configs, a larger budget or other settings choose another --out')
+
+def _is_finished(out: Path) -> bool:
+    "Does a folder hold a study that came to its end?"
+    from llprobe.store import open_store
+    if not (out/'study.db').exists(): return False
+    with open_store(out/'study.db', create=False, read_only=True) as store: return any(store.result(name) for name in store.studies()['name'])
 
 def _trackers(places: Sequence[str]) -> list:
     "Opened before anything is trained; their module is imported only if there are any"
@@ -238,7 +250,7 @@ def export(args: argparse.Namespace) -> None:
     if not places and not args.optuna: raise InputError('export needs a place to write to: --optuna URL, --mlflow URI or --tensorboard FOLDER')
     for tracker in _trackers(places):
         from llprobe.tracking import log_study
-        for name, (count, new) in log_study(args.out, tracker).items(): print(f'{name}: {count} probes in {tracker}, {new} new')
+        for name, (count, new) in log_study(args.out, tracker).items(): print(f'{name}: {count} probes logged to {tracker}, {new} of them new')
     if args.optuna: _export_optuna(args)
 
 def _export_optuna(args: argparse.Namespace) -> None:
@@ -247,6 +259,13 @@ def _export_optuna(args: argparse.Namespace) -> None:
     for store, name in _studies(args.out):
         study, new = to_optuna(store, name, args.optuna)
         print(f'{name}: {len(study.trials)} trials, {new} new')
+
+# %% ../nbs/90_cli.ipynb #90clin26
+_FIELDS = {'n_full': '--full', 'n_configs': '--configs', 'choose_levels': '--choose-levels', 'warm_start': '--warm-start', 'probe.train.n_epochs': '--epochs'}
+
+def _by_option(sentence: str) -> str:
+    "Options in place of fields that have another name"
+    return re.sub(r'(?<!\S)[\w.]+(?=\s)', lambda word: _FIELDS.get(word[0], word[0]), sentence)
 
 # %% ../nbs/90_cli.ipynb #90clin21
 @contextlib.contextmanager
@@ -273,7 +292,7 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # for what Python flushes at its exit
         return 1
     except InputError as e:
-        print(f'llprobe: {e}', file=sys.stderr)
+        print(f'llprobe: {_by_option(str(e))}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f'\nllprobe: stopped{"; the same command continues" if args.command is run else ""}', file=sys.stderr)

@@ -280,8 +280,8 @@ def _grid(space: _Definition, n: int, seed: int) -> list[dict[str, Any]]:
 DESIGNS = ('sobol', 'random', 'grid')
 
 def _sample(space: _Definition, n: int, seed: int, design: str) -> list[dict[str, Any]]:
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise InputError(f"the number of configs must be a whole number of at least 1, got {n!r}")
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= 10**6:
+        raise InputError(f"the number of configs must be a whole number from 1 to a million, got {n!r}")
     if design not in DESIGNS: raise InputError(f"unknown design {design!r}: choose from {', '.join(DESIGNS)}")
     if not _has(space, n, n): raise InputError(f"this space has fewer than {n} different configs: ask for fewer, or widen a range")
     return _grid(space, n, seed) if design == 'grid' else _distinct(space, n, design, seed)

@@ -103,6 +103,7 @@ def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -
     s = settings.probe
     resolve_device(s.train.device)
     if settings.population not in (None, *METHODS): raise InputError(f'population must be one of {", ".join(METHODS)}, got {settings.population!r}')
+    if not -2**63 <= settings.seed < 2**63: raise InputError(f'seed must be a whole number of 64 bits, got {settings.seed}')
     if s.train.n_epochs < 1: raise InputError(f'epochs must be at least 1, got {s.train.n_epochs}')
     if s.training is not None and settings.full_trainings > 1: raise InputError(f'n_full must be 1 with a training of your own, got {settings.n_full}')
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)

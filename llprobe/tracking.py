@@ -122,6 +122,7 @@ class MLflowTracker:
         _mlflow()
 
     def __repr__(self) -> str: return f'MLflowTracker({re.sub("//[^/]*@", "//…@", self.uri)!r})' # it may hold a password
+    def __str__(self) -> str: return f'MLflow at {re.sub("//[^/]*@", "//…@", self.uri)}'
 
     def begin(self, store: Store, study: str) -> None:
         "Find the study's runs, or make the parent of those to come"
@@ -220,6 +221,7 @@ class TensorBoardTracker:
         self.folder, self.summary = Path(folder).expanduser(), _tensorboard()
 
     def __repr__(self) -> str: return f'TensorBoardTracker({str(self.folder)!r})'
+    def __str__(self) -> str: return f'TensorBoard in {self.folder}'
 
     def begin(self, store: Store, study: str) -> None:
         "Make the study's folder"

@@ -302,7 +302,7 @@ def test_paths(tmp_path):
 
 @pytest.mark.parametrize('n', [0, -1, 2.5, True, 'all'])
 def test_wrong_numbers_are_named(n):
-    with pytest.raises(InputError, match='whole number of at least 1'): default_space().sample(n)
+    with pytest.raises(InputError, match='whole number from 1 to a million'): default_space().sample(n)
 
 
 def test_yaml_reads_exponents_and_python_refuses_tuples(tmp_path):

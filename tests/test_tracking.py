@@ -258,5 +258,5 @@ def test_the_command_line(tmp_path):
     done = subprocess.run([*llprobe, 'run', *arguments, *places], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, '')
     again = subprocess.run([*llprobe, 'export', tmp_path/'study', '--mlflow', f'sqlite:///{tmp_path}/mlflow.db', '--tensorboard', tmp_path/'board'], capture_output=True, text=True)
-    assert (again.returncode, again.stderr) == (0, '') and again.stdout.count('digits: 3 probes in') == again.stdout.count(', 0 new\n') == 2
+    assert (again.returncode, again.stderr) == (0, '') and again.stdout.count('digits: 3 probes logged to ') == again.stdout.count(', 0 of them new\n') == 2
     assert len(runs_of(f'sqlite:///{tmp_path}/mlflow.db')[1]) == 3 and len(boards(tmp_path/'board')) == 4

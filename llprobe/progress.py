@@ -53,7 +53,8 @@ class _Facts:
     ) -> None:
         "Go to `n`, and say something"
         self.facts, self.count, self.total, self.rate = facts, count, total or self.total, rate
-        self.update(n-self.n)
+        if n == self.n: self.refresh() # nothing moved, but something is said
+        else: self.update(n-self.n)
 
     def __exit__(self, kind: Any, *exception: Any) -> None:
         if kind is None and self.n: self.total = self.n # done, though it was less than planned

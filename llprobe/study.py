@@ -283,10 +283,9 @@ def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For t
     left = sum((size-done[level])*(level+overhead) for level, size in zip(levels, sizes))
     planned = spent+left if sizes else max(spent, study.search.adaptive.budget)
     scores = [r['val_score'] for r in records if r['status'] in ('ok', 'paused')]
-    best = [f'best {show_score(max(scores), study.split.dataset.metric, 1)}'] if scores else []
     seconds = sum(r['seconds'] for r in records)
-    return dict(n=spent, total=planned, rate=at_once*spent/seconds if at_once and seconds else None, facts=', '.join([*best, f'{spent:.3g} of {planned:.3g} FTE for probes']),
-                count=f'probes {len(records)}'+(f'/{sum(sizes)}' if sizes else ''))
+    return dict(n=spent, total=planned, rate=at_once*spent/seconds if at_once and seconds else None, facts=f'best {show_score(max(scores), study.split.dataset.metric, 1)}' if scores else '',
+                count=f'probes {len(records)}'+(f'/{sum(sizes)}' if sizes else '')+f' ({spent:.3g} of {planned:.3g} FTE)')
 
 # %% ../nbs/61_study.ipynb #61studyn01
 def _dear(study: Study) -> str: # Empty if the search is worth it
@@ -312,6 +311,8 @@ def _method(settings: StudySettings) -> str:
     "Which probes train together"
     return settings.population or ('alone' if resolve_device(settings.probe.train.device).type == 'cpu' else 'auto')
 
+_STARTING = 'workers start, no result yet' # which can take a minute
+
 def _anew(tasks: Iterable[ProbeTask]) -> set[str]: # Their checkpoints' paths
     "Which trainings begin at their first epoch, for want of a checkpoint"
     return {t.checkpoint for t in tasks if t.checkpoint and not Path(t.checkpoint).exists()}
@@ -320,8 +321,10 @@ def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: Any) -> 
     "Probe until every trial of a rung is recorded; checkpoints stay with the most promising of the paused"
     tasks = [study.task(t) for t in trials]
     anew = _anew(tasks)
-    bar.set_description_str(f'level {", ".join(f"{level:g}" for level in sorted({t.level for t in trials}))}')
+    levels = [t.level for t in trials]
+    bar.set_description_str('level '+'–'.join(f'{level:g}' for level in sorted({min(levels), max(levels)})))
     at_once = min(workers.n_workers, len(tasks)) if workers.executor is None else None # others may have any size
+    if workers.must_start: bar.show(**_standing(study, at_once) | dict(facts=_STARTING))
     for task, result in probe_population(tasks, workers, _method(study.settings)):
         study.take(record := finished_record(task, result), task.checkpoint in anew)
         if task.checkpoint and ended([record]): Path(task.checkpoint).unlink(missing_ok=True)
@@ -354,6 +357,7 @@ def _run_full(study: Study, trials: list[Trial], n_workers: int, executor: Execu
         def show(n: int, score: float|None, fte: float, what: str = 'validation') -> None: # own training may score only the end
             scored = [] if score is None or math.isnan(score) else [f'{what} {show_score(score, study.split.dataset.metric, 1)}']
             bar.show(n, ', '.join([*scored, f'{fte:.3g} FTE']))
+        if workers.must_start: bar.show(0, _STARTING)
         def on_epoch(row: dict) -> None: show(done+row['epoch'], row['val_score'], spent+(done+row['epoch'])/epochs)
         here = executor is None and workers.n_workers == 1
         for task, result in workers.run(functools.partial(run_probe, on_epoch=on_epoch) if here else run_probe, tasks):

@@ -105,14 +105,20 @@ def test_papermill_gets_whole_lines(tmp_path):
 def test_a_study_says_what_it_found_and_what_it_cost(tmp_path):
     done = subprocess.run([sys.executable, '-m', 'llprobe.cli', *STUDY, '--out', tmp_path/'log'], capture_output=True, text=True, check=True)
     said, *between, probes, final = done.stderr.splitlines()
-    assert all(re.match(r'level 0\.[12], probes [1-5]/6, ', line) for line in between)  # one every ten seconds: on a slow machine only
-    cost = float(re.fullmatch(r'level 0\.2, probes 6/6, 100%, best [\d.]+%, ([\d.]+) of \1 FTE for probes, took .* s', probes)[1])
+    assert all(re.match(r'level 0\.[12], probes [1-5]/6 \(', line) for line in between)  # one every ten seconds: on a slow machine only
+    cost = float(re.fullmatch(r'level 0\.2, probes 6/6 \(([\d.]+) of \1 FTE\), 100%, best [\d.]+%, took .* s', probes)[1])
     assert cost > 4*0.1+2*0.2
     assert float(re.match(r'expected cost: ([\d.]+) full trainings, more than the 4 of', said)[1]) == pytest.approx(cost+1, rel=0.1)
     assert re.fullmatch(r'full training, 2/2 epochs, 100%, validation [\d.]+%, [\d.]+ FTE, took .* s', final)
-    text = in_terminal(['-m', 'llprobe.cli', *STUDY, '--out', str(tmp_path/'terminal')])
+
+
+def test_a_study_in_80_columns_says_that_workers_start_then_the_best_and_the_time_left(tmp_path):
+    text = in_terminal(['-m', 'llprobe.cli', *STUDY, '--jobs', '2', '--out', str(tmp_path/'terminal')])
     bars = [line for line in screen(text) if '%|' in line]
-    assert len(bars) == 2 and 'probes 6/6 100%|' in bars[0] and '2/2 epochs 100%|' in bars[1]
+    assert len(bars) == 2 and re.search(r'probes 6/6 \(.* FTE\) 100%\|', bars[0]) and '2/2 epochs 100%|' in bars[1]
+    frames = [frame for frame in re.split('[\r\n]', text) if 'probes ' in frame and '%|' in frame]
+    assert any(re.search(r'level 0\.1, probes 0/6 .*workers start, no result yet \[', frame) for frame in frames)
+    assert len(frames) > 5 and all(re.search(r'█.*\| best [\d.]+% \[[\d:]+<[\d:]+\]$', frame) for frame in frames[-5:])
 
 
 CELL = LOOP.format(seconds=0.05)+'print("do"+"ne")'

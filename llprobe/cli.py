@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse, contextlib, importlib.metadata, os, re, sys, time, warnings
 from pathlib import Path
-from typing import Any, Iterator, NoReturn, Sequence
+from typing import Iterator, NoReturn, Sequence
 from .core import InputError, show_value
 
 # %% auto #0
@@ -270,12 +270,10 @@ def _by_option(sentence: str) -> str:
 # %% ../nbs/90_cli.ipynb #90clin21
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    "Each warning as one line"
-    def show(message: Any, *where: Any) -> None:
-        from llprobe.progress import between_bars
-        with between_bars(): print('llprobe:', ' '.join(str(message).split()), file=sys.stderr)
+    "Each warning as one line, of worker processes, too"
+    from llprobe.progress import plain_warning
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = plain_warning
         yield
 
 # %% ../nbs/90_cli.ipynb #90cli011

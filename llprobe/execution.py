@@ -4,10 +4,11 @@
 
 # %% ../nbs/42_execution.ipynb #42execution003
 from __future__ import annotations
-import contextlib, ctypes, multiprocessing, os, signal, sys
+import contextlib, ctypes, multiprocessing, os, signal, sys, warnings
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from typing import Any, Callable, Iterable, Iterator
 from fastcore.basics import patch
+from .progress import plain_warning
 
 # %% auto #0
 __all__ = ['environment_variables', 'process_pool', 'WorkerDied', 'Workers']
@@ -28,8 +29,9 @@ def environment_variables(
             if v is None: os.environ.pop(k, None)
             else: os.environ[k] = v
 
-def _start_worker(driver: int) -> None:
-    "Die with the driver, and leave Ctrl-C to it"
+def _start_worker(driver: int, plain_warnings: bool) -> None:
+    "Die with the driver, leave Ctrl-C to it, and show warnings as it does"
+    if plain_warnings: warnings.showwarning = plain_warning
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG
     if os.getppid() != driver: os._exit(1) # it died before the kernel was asked
@@ -40,7 +42,7 @@ def process_pool(
 ) -> ProcessPoolExecutor:
     "A pool of fresh processes for PyTorch on a CPU"
     context = multiprocessing.get_context('spawn')
-    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), warnings.showwarning is plain_warning))
 
 # %% ../nbs/42_execution.ipynb #42execution008
 def _failed(error: BaseException) -> Future:

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.std import tqdm
 
 # %% auto #0
-__all__ = ['progress_bar', 'between_bars']
+__all__ = ['progress_bar', 'between_bars', 'plain_warning']
 
 # %% ../nbs/00a_progress.ipynb #00aprogress005
 def _kernel() -> Any: # None outside of notebooks
@@ -146,3 +146,8 @@ def _widget() -> type:
 def between_bars() -> AbstractContextManager:
     "Lift the bars of a terminal while the block prints something else"
     return tqdm.external_write_mode()
+
+def plain_warning(message: Any, *where: Any) -> None:
+    "A warning as one line of its own, in place of `warnings.showwarning`"
+    erased = '\r\x1b[K' if sys.stderr.isatty() else '' # the bar of another process
+    with between_bars(): print(f'{erased}llprobe:', ' '.join(str(message).split()), file=sys.stderr)

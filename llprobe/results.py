@@ -52,8 +52,10 @@ def summary_rows(
     vague = f', too wide to tell it from half of the {len(result["predictions"])} predicted' if is_vague(predicted[val], predicted['std'], [p['predicted'] for p in result['predictions']]) else ''
     full = [show(r[val]) for r in result['full_trainings']]
     trainings, several = ('full training', []) if len(full) == 1 else (f'{len(full)} full trainings', [(f'validation {name} of all trained in full', ', '.join(full))])
+    equal = sum(r[val] == result['reached'][val] for r in result['full_trainings'])-1
+    choice = f', and so did {equal} other{"s"*(equal > 1)} trained in full: the one predicted to be best was chosen' if equal > 0 else ''
     return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])}{vague}'),
-            *several, (f'reached validation {name}', show(result['reached'][val])), (f'reached test {name}', show(result['reached'][test])),
+            *several, (f'reached validation {name}', show(result['reached'][val])+choice), (f'reached test {name}', show(result['reached'][test])),
             ('cost of the search', f'{fte["probe"]+fte["metamodel"]:.2f} FTE'), (f'cost with {"" if several else "the "}{trainings}', f'{fte["total"]:.2f} FTE'),
             ('training every config tried in full', f'{fte["all_configs_in_full"]:.2f} FTE'),
             (f'computing time of probes, meta-model, {trainings}', ', '.join(f'{seconds[k]:.1f} s' for k in ('probe', 'metamodel', 'final')))]

@@ -4,11 +4,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
 from llprobe.execution import WorkerDied, Workers
+from llprobe.progress import plain_warning
 
 
 def square_or_die(x: int) -> int:
@@ -36,6 +38,14 @@ def test_workers_have_one_thread_and_the_driver_keeps_its_environment():
     with Workers(2) as workers:
         assert {r for _, r in workers.run(thread_count, range(4))} == {(1, '1')}
     assert os.environ.get('OMP_NUM_THREADS') == before
+
+
+def test_workers_show_warnings_as_their_driver_does(monkeypatch, capfd):
+    for form, shown in ((warnings.showwarning, 'UserWarning: a\nword'), (plain_warning, 'llprobe: a word\n')):
+        monkeypatch.setattr(warnings, 'showwarning', form)
+        with Workers(2) as workers:
+            list(workers.run(warnings.warn, ['a\nword', 'a\nword']))
+        assert shown in capfd.readouterr().err
 
 
 DRIVER = '''

@@ -138,7 +138,7 @@ def test_pauses_and_several_full_trainings_are_told(tmp_path):
     write_report(tmp_path/'study', tmp_path/'site')
     page, shown, other = ((tmp_path/'site'/'digits'/f'{name}.html').read_text() for name in ('index', paused['config_id'], second))
     assert 'pauses after 2 and 4 of 6 epochs' in page and 'up to 6 epochs each' in page and f'paused after {len(paused["curve"])} epochs' in page
-    assert 'Trained in full' in page and page.count('>chosen<') == 1
+    assert 'Trained in full' in page and 'of equal ones that which was predicted to be best' in page and page.count('>chosen<') == 1
     assert f'seen at level {paused["level"]:g}, after {len(paused["curve"])} epochs' in shown
     assert 'it has no model to look at' in shown and '--details' not in shown and shown.count('class="plot"') == 1
     assert 'reached' in other and 'tested, once' not in other and 'of the validation part' in other

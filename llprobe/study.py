@@ -311,7 +311,7 @@ def _method(settings: StudySettings) -> str:
     "Which probes train together"
     return settings.population or ('alone' if resolve_device(settings.probe.train.device).type == 'cpu' else 'auto')
 
-_STARTING = 'workers start, no result yet' # which can take a minute
+_STARTING = 'workers start' # a minute, on a slow machine
 
 def _anew(tasks: Iterable[ProbeTask]) -> set[str]: # Their checkpoints' paths
     "Which trainings begin at their first epoch, for want of a checkpoint"

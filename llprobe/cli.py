@@ -35,7 +35,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser('run', help='probe, predict, train the predicted best in full, test the best once', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                             description='Run a study, or resume it: the same command continues where an earlier one stopped.')
     p.add_argument('--dataset', default='digits', help='name (see `llprobe datasets`) or a folder of images, one sub-folder a class')
-    p.add_argument('--out', type=Path, default=Path('runs/study'), help='folder of the study: database, weights, figures, report, result.json')
+    p.add_argument('--out', type=Path, default=Path('runs/study'), help='folder of the study: database, figures, report, result.json, and the weights of the chosen full training (best.safetensors); those of probes are not kept')
     p.add_argument('--levels', type=_number, nargs='+', default=[0.1, 0.2, 0.3, 0.4], help='fractions of the training data, in (0, 1]')
     p.add_argument('--configs', type=_whole, default=argparse.SUPPRESS, dest='n_configs', metavar='CONFIGS', help='without a budget: how many configs to try (default: 16)')
     p.add_argument('--budget', type=_number, help='full trainings to spend in all: search within it for what to probe next, instead of successive levels')
@@ -84,7 +84,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser('report', help='write or serve a site of studies, finished or running', description='Write a site of studies, finished or running: a folder of pages that opens without a network.')
     p.add_argument('studies', type=Path, nargs='+', metavar='FOLDER', help='of a study, or above several')
     p.add_argument('-o', '--out', type=Path, metavar='DIR', help='folder of the site; by default report/ in the one FOLDER, or with --serve a temporary one')
-    p.add_argument('--details', type=_seconds, default=20.0, metavar='SECONDS', help='time for landscapes and answers of trained models, the chosen config first (default: 20)')
+    p.add_argument('--details', type=_seconds, default=20.0, metavar='SECONDS', help='time for landscapes and answers of trained models, the chosen config first; the others are trained again, and then kept in the study\'s weights/ (default: 20)')
     p.add_argument('--serve', action='store_true', help='serve the site on 127.0.0.1, and follow studies that are running')
     p.add_argument('--port', type=_whole, default=8765, help='of --serve; 0 for any that is free (default: 8765)')
     p.set_defaults(command=report)

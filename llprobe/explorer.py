@@ -148,11 +148,11 @@ def _make_widgets(self: Explorer) -> None:
     self.curves, self.timeline = Plot(label='validation curves'), Plot(label='scores and cost in the order of the search', on_click=self._click)
     self.landscape, self.slice = Plot(label='the loss around the trained weights'), Plot(label='predicted score along one hyper-parameter')
     self.config_text, self.landscape_text, self.what_if_text = (_read_out(name) for name in ('config', 'landscape', 'what-if'))
-    self.what_if_box = widgets.VBox()
+    self.what_if_box, self.columns = widgets.VBox(), (_column(self.ranking), _column(self.curves, self.timeline))
     looks = (self.config, self.config_text, self.trained_at, self.kind, self.dimensions, self.radius, self.directions, self.part, self.landscape_text)
     self.box = widgets.VBox([
         _wide(self.study_picker, self.live), self.headline,
-        _title('Configs'), self.parallel, self.level, _wide(_column(self.ranking), _column(self.curves, self.timeline)),
+        _title('Configs'), self.parallel, self.level, _wide(*self.columns),
         _title('Landscape'), _wide(_column(*looks, width='320px'), _column(self.landscape, width='520px')),
         _title('What if'), _wide(_column(self.what_if_box, self.what_if_text, width='320px'), _column(self.slice, width='520px'))])
 
@@ -196,8 +196,15 @@ def _draw_ranking(self: Explorer, change: Any = None) -> None:
     "The ranking by probes up to the level, and the curves at that level"
     if self._quiet: return
     highlight = self.brushed if self.brushed is not None else [self.config.value]
-    self.ranking.show(ranking_chart(self.study, self.level.value, highlight))
+    self.ranking.show(ranking := ranking_chart(self.study, self.level.value, highlight))
+    self._place_timeline((ranking.layout.height or 0) < 340)
     self.curves.show(curves_chart(self.study, self.level.value, highlight))
+
+@patch
+def _place_timeline(self: Explorer, is_short: bool) -> None:
+    "Below the curves, or below a ranking that is shorter than they are"
+    self.columns[0].children = (self.ranking, self.timeline) if is_short else (self.ranking,)
+    self.columns[1].children = (self.curves,) if is_short else (self.curves, self.timeline)
 
 @patch
 def _brush(self: Explorer, ranges: list) -> None:

@@ -143,8 +143,9 @@ def run(args: argparse.Namespace) -> None:
 def _is_finished(out: Path) -> bool:
     "Does a folder hold a study that came to its end?"
     from llprobe.store import open_store
-    if not (out/'study.db').exists(): return False
-    with open_store(out/'study.db', create=False, read_only=True) as store: return any(store.result(name) for name in store.studies()['name'])
+    with contextlib.suppress(InputError), open_store(out/'study.db', create=False, read_only=True) as store:
+        return any(store.result(name) for name in store.studies()['name'])
+    return False
 
 def _trackers(places: Sequence[str]) -> list:
     "Opened before anything is trained; their module is imported only if there are any"

@@ -159,7 +159,7 @@ def wilcoxon_holm(
 # %% ../nbs/72_comparison.ipynb #72comparison016
 _STYLES = list(zip(['#0072B2', '#777777', '#56B4E9', '#009E73', '#E69F00', '#D55E00', '#CC79A7', '#000000'], 'osv^DPX*'))
 
-_WARM = dict(llprobe_transfer=dict(ls='--', marker='D', label='llprobe, with other tasks'), llprobe_studies=dict(ls=':', marker='d', label='llprobe, with studies of other tasks'))
+_WARM = dict(llprobe_transfer=dict(ls='--', marker='D', label='llprobe, with other tasks'), llprobe_studies=dict(ls=':', marker='d', label='llprobe, with small studies'))
 
 def _style(name: str) -> dict[str, Any]:
     "Colour and marker of a method, the same in every figure"
@@ -175,14 +175,14 @@ def _set_ticks(axis: Axis, ticks: Sequence[float], low: float, high: float) -> N
 
 def _plot_means(means: pd.DataFrame, ylabel: str) -> Figure:
     "One line a method against the cost, with its standard error"
-    figure, axis = panel(5.2, 3.6)
+    figure, axis = panel(5.2, 4.0)
     for name, rows in means.groupby('method'):
         x, style = rows.index.get_level_values('budget'), _style(name)
         axis.plot(x, rows['mean'], markevery=max(1, len(x)//8), **style)
         axis.fill_between(x, rows['mean']-rows['se'], rows['mean']+rows['se'], color=style['color'], alpha=0.15, lw=0)
     axis.set(xscale='log', xlabel='cost (full trainings)', ylabel=ylabel)
     _set_ticks(axis.xaxis, (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64), x.min(), x.max())
-    axis.legend(fontsize=7, frameon=False, ncols=2)
+    figure.legend(loc='outside upper center', fontsize=7, frameon=False, ncols=3, columnspacing=1)
     return figure
 
 # %% ../nbs/72_comparison.ipynb #72comparison017

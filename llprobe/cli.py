@@ -131,21 +131,21 @@ def run(args: argparse.Namespace) -> None:
     _check_say(args)
     from llprobe.study import run_study
     sys.path.insert(0, str(Path.cwd())) # a model of one's own may lie in this folder
-    start, was_finished = time.perf_counter(), _is_finished(args.out)
+    start, finished = time.perf_counter(), _finished(args.out)
     trackers = _trackers(args.track)
     result = run_study(args.dataset, args.out, _space(args), _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet, trackers=trackers)
     page = _write_report(args.out, details=5.0)
     _print_table(result, time.perf_counter()-start)
     for name, path in dict(report=page, figures=args.out/'figures', numbers=args.out/'result.json', weights=args.out/'best.safetensors').items():
         print(f'{name:<8} {path}')
-    if was_finished: print('\nthe study was finished before, so nothing was trained: for more configs, a larger budget or other settings choose another --out')
+    if finished and finished == _finished(args.out): print('\nthe study was finished before, so no probe and no full training was run: for more configs, a larger budget or other settings choose another --out')
 
-def _is_finished(out: Path) -> bool:
-    "Does a folder hold a study that came to its end?"
+def _finished(out: Path) -> int: # 0 if it has not come to its end
+    "How many trainings a folder's finished study has"
     from llprobe.store import open_store
     with contextlib.suppress(InputError), open_store(out/'study.db', create=False, read_only=True) as store:
-        return any(store.result(name) for name in store.studies()['name'])
-    return False
+        return sum(len(store.probes(name)) for name in store.studies()['name'] if store.result(name))
+    return 0
 
 def _trackers(places: Sequence[str]) -> list:
     "Opened before anything is trained; their module is imported only if there are any"

@@ -101,7 +101,10 @@ class Workers:
         self.n_workers, self.executor, self._pool = n_workers, executor, None
 
     @property
-    def must_start(self) -> bool: return self.executor is None and self.n_workers > 1 and self._pool is None # Do processes start with the next task?
+    def must_start(self) -> bool:
+        "Do processes start with the next task?"
+        return self.executor is None and self.n_workers > 1 and self._pool is None
+
     def __enter__(self) -> Workers: return self
     def __exit__(self, *exception: Any) -> None: self.close()
 

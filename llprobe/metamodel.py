@@ -90,8 +90,8 @@ class PowerLawModel:
         "Learn exponents from the configs that were probed at two levels or more"
         frame = frame[frame.status == 'ok'].reset_index(drop=True)
         pairs = level_pairs(frame, self.n_samples, self.chance)
-        self.n_pairs, self.columns = len(pairs), feature_columns(frame, self.families) if len(frame) else []
-        self.scaler = make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler()).fit(frame[self.columns]) if self.columns else None
+        self.n_pairs, self.columns = len(pairs), [c for c in feature_columns(frame, self.families) if frame[c].nunique() > 1] if len(frame) else []
+        self.scaler = make_pipeline(SimpleImputer(), StandardScaler()).fit(frame[self.columns]) if self.columns else None
         inputs, exponent, wider = self._inputs(frame.loc[pairs.row]), pairs.exponent.to_numpy()-self.prior[0], _near_chance(pairs.z.to_numpy())
         noise = pairs.variance.to_numpy()+2*(_TRAINING_NOISE*wider/pairs.step.to_numpy())**2
         self.parts = [(spread, *_posterior(inputs, exponent, noise+(spread*wider)**2, self.prior[1], effect)) for spread, effect in product(_SPREADS, _EFFECTS)]
@@ -143,12 +143,12 @@ def spread(self: PowerLawModel) -> tuple[float, float]: # Mean and deviation
 def predict(self: PowerLawModel,
     frame: pd.DataFrame, # From `features.feature_frame`
 ) -> pd.DataFrame: # By config_id in order of appearance: mean, std (score at level 1), level, exponent
-    "Predict each config's score at level 1 from its highest level"
+    "Predict each config's score at level 1 from its highest level; the mean is that of z, so the median of the score"
     top = frame.loc[frame.groupby('config_id', sort=False)['level'].idxmax()]
     z, variance = log_odds_error(top.val_score.to_numpy(), self.n_samples, self.chance)
     wider, distance = _near_chance(z), np.log(1/top.level.to_numpy())
     exponent, deviation = self._exponents(self._inputs(top), wider)
-    centre, width = z-exponent*distance, np.sqrt(variance+(_TRAINING_NOISE*wider)**2*(distance > 0)+(deviation*distance)**2)
+    centre, width = z-exponent*distance, np.sqrt(variance+2*(_TRAINING_NOISE*wider)**2*(distance > 0)+(deviation*distance)**2)
     mean, low, high = (score_at(z, self.chance) for z in (centre, centre+width, centre-width))
     table = pd.DataFrame(dict(mean=mean, std=(high-low)/2, level=top.level.to_numpy(), exponent=exponent), index=pd.Index(top.config_id, name='config_id'))
     failed = (top.status != 'ok').to_numpy()

@@ -149,5 +149,5 @@ def between_bars() -> AbstractContextManager:
 
 def plain_warning(message: Any, *where: Any) -> None:
     "A warning as one line of its own, in place of `warnings.showwarning`"
-    erased = '\r\x1b[K' if sys.stderr.isatty() else '' # the bar of another process
+    erased = '\r\x1b[K' if _form() == 'terminal' else '' # the bar of another process
     with between_bars(): print(f'{erased}llprobe:', ' '.join(str(message).split()), file=sys.stderr)

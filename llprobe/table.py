@@ -251,6 +251,7 @@ def table_sources(
     cards, records = [], []
     for folder in folders:
         every, card, _ = _by_trial(Path(folder))
+        if card['dataset'] in [other['dataset'] for other in cards]: raise InputError(f'two of the tables are of {card["dataset"]}: give one for each data set')
         cards.append(card)
         records.append(list((every[card['seeds'][0]] if budget is None else _searched(folder, card['seeds'][0], budget).records).values()))
     def predicted(card: dict) -> np.ndarray:

@@ -22,18 +22,21 @@ from .surrogate import FidelityGP
 __all__ = ['source_predictions', 'prior_exponents', 'WarmStart', 'learn', 'warm_design']
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart005
+def _within(space: SearchSpace, config: dict) -> dict|None: # None if it lacks a value, or has one that is none of the space's
+    "What a space holds of a config"
+    try: return space.validate({name: config[name] for name in space.names if name in config and space.is_active(name, config)})
+    except InputError: return None
+
 def _shared_space(space: SearchSpace, configs: Sequence[dict]) -> SearchSpace|None: # None if nothing that varies is shared
-    "The part of a space whose hyper-parameters other configs have, too"
-    written, known, entries = space.to_dict()['hyperparameters'], set().union(*configs), {}
+    "The part of a space that holds what at least half of other configs have of it"
+    written, entries, kept = space.to_dict()['hyperparameters'], {}, list(configs)
     for name in space.names: # parents first
-        if name in known and all(parent in entries for parent in space.when.get(name, ())): entries[name] = written[name]
+        if not all(parent in entries for parent in space.when.get(name, ())): continue
+        with_it = SearchSpace(space.architecture, entries | {name: written[name]})
+        fit = [c for c in kept if _within(with_it, c)]
+        if 2*len(fit) >= len(configs) and any(name in c for c in fit): entries, kept = entries | {name: written[name]}, fit
     shared = SearchSpace(space.architecture, entries) if entries else None
     return shared if shared and shared.encoded_names else None
-
-def _within(space: SearchSpace, config: dict) -> dict|None: # None if its values are none of the space's
-    "What a space holds of a config"
-    try: return space.validate({name: value for name, value in config.items() if name in space.names})
-    except InputError: return None
 
 def source_predictions(
     records: Sequence[dict], # Another study's probes, as `store.Store.probes` gives them
@@ -46,7 +49,7 @@ def source_predictions(
     configs = [_within(shared, r['config']) for r in records] if shared else []
     rows, configs = [r for r, c in zip(records, configs) if c], [c for c in configs if c]
     if (n := len({config_id(c) for c in configs})) < 4:
-        warnings.warn(f'{name} tried {n} configs within this space, and 4 are needed to learn from it: it is left out')
+        warnings.warn(f'{name} tried {n} different configs of what it shares with this space, and 4 are needed to learn from it: it is left out')
         return None
     scores = normal_quantiles(np.array([r['val_score'] if r['status'] in ('ok', 'paused') else np.nan for r in rows], float))
     x = shared.encode(configs)
@@ -58,7 +61,7 @@ def prior_exponents(
     min_pairs: int = 4, # A study with fewer of neighbouring levels has no say
 ) -> tuple[float, float]|None: # Mean and deviation, for `metamodel.PowerLawModel`; None if no study has a say
     "What a data set's exponent is like after other data sets'"
-    models = [PowerLawModel(n, chance).fit(frame) for frame, n, chance in studies if len(frame)]
+    models = [PowerLawModel(n, chance, prior=(PRIOR[0], 1.0)).fit(frame) for frame, n, chance in studies if len(frame)] # a wide prior, since it comes in once more below
     exponents = [model.spread[0] for model in models if model.n_pairs >= min_pairs]
     if not exponents: return None
     share = 1/(1+len(exponents))

@@ -125,7 +125,7 @@ def test_refusals_are_one_sentence(source, tmp_path, capsys):
     open_study('digits', out, settings=replace(SMALL, warm_start=(source,)), progress=False).store.close()
     open_study('wine', other, settings=replace(SMALL, levels=(0.3, 0.6)), progress=False).store.close()
     kept = (out/'warm-start.json').read_text()
-    with pytest.warns(UserWarning, match='wine tried 0 configs'), pytest.raises(InputError, match='begun with warm_start .*wine'):
+    with pytest.warns(UserWarning, match='wine tried 0 different configs'), pytest.raises(InputError, match='begun with warm_start .*wine'):
         open_study('digits', out, settings=replace(SMALL, warm_start=(other,)), progress=False)
     assert 'now unset' in refused(capsys, '--out', out)
     assert (out/'warm-start.json').read_text() == kept

@@ -1,4 +1,4 @@
-"""The meta-model's intervals on real trainings that it has not seen: the committed tables."""
+"""The meta-model's intervals on the committed tables, whose full trainings a fit has not seen; its prior and grids were chosen on them."""
 
 from pathlib import Path
 import numpy as np, pandas as pd, pytest

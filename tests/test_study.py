@@ -456,4 +456,4 @@ def test_settings_that_differ_are_named(uninterrupted, capsys):
     from llprobe.cli import main
     assert main(['run', *STUDY, '--epochs', '5', '--out', str(uninterrupted)]) == 2
     message = capsys.readouterr().err
-    assert 'n_epochs' in message and '4' in message and '5' in message
+    assert '--epochs 4, now 5' in message

@@ -121,8 +121,10 @@ class MLflowTracker:
         self.uri, self.experiment = uri, storable_text(experiment or 'llprobe')[:250]
         _mlflow()
 
-    def __repr__(self) -> str: return f'MLflowTracker({re.sub("//[^/]*@", "//…@", self.uri)!r})' # it may hold a password
-    def __str__(self) -> str: return f'MLflow at {re.sub("//[^/]*@", "//…@", self.uri)}'
+    @property
+    def _place(self) -> str: return re.sub('//[^/]*@', '//…@', self.uri) # without a password
+    def __repr__(self) -> str: return f'MLflowTracker({self._place!r})'
+    def __str__(self) -> str: return f'MLflow at {self._place}'
 
     def begin(self, store: Store, study: str) -> None:
         "Find the study's runs, or make the parent of those to come"

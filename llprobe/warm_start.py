@@ -29,13 +29,13 @@ def _within(space: SearchSpace, config: dict) -> dict|None: # None if it lacks a
 
 def _shared_space(space: SearchSpace, configs: Sequence[dict]) -> SearchSpace|None: # None if nothing that varies is shared
     "The part of a space that holds what at least half of other configs have of it"
-    written, entries, kept = space.to_dict()['hyperparameters'], {}, list(configs)
+    written, entries, shared, kept = space.to_dict()['hyperparameters'], {}, None, list(configs)
     for name in space.names: # parents first
         if not all(parent in entries for parent in space.when.get(name, ())): continue
-        with_it = SearchSpace(space.architecture, entries | {name: written[name]})
-        fit = [c for c in kept if _within(with_it, c)]
-        if 2*len(fit) >= len(configs) and any(name in c for c in fit): entries, kept = entries | {name: written[name]}, fit
-    shared = SearchSpace(space.architecture, entries) if entries else None
+        more = entries | {name: written[name]}
+        wider = SearchSpace(space.architecture, more)
+        fit = [c for c in kept if _within(wider, c)]
+        if 2*len(fit) >= len(configs) and any(name in c for c in fit): entries, shared, kept = more, wider, fit
     return shared if shared and shared.encoded_names else None
 
 def source_predictions(

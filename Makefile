@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # uv does not read pip's variable for local wheels
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help demo app test test-browser install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean tables landscapes replay-probes replay-studies replay-lcdb
+.PHONY: help demo app test test-browser install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean tables sources landscapes replay-probes replay-studies replay-lcdb
 .DELETE_ON_ERROR:
 
 help:              ## list the targets
@@ -120,6 +120,10 @@ tables: $(TABLES:%=figures/%/table/card.json)   ## make the tables that are miss
 figures/%/table/card.json: | $(VENV)/.installed
 	@mkdir -p runs/table/$*
 	$(EXPERIMENT) nbs/experiments/table.ipynb runs/table/$*/table.ipynb $(TABLE_$*) -r out runs/table/$* -r copy figures/$*/table
+sources: $(TABLES:%=llprobe/sources/%.json)   ## what the tables have shown, for the package
+llprobe/sources/%.json: figures/%/table/card.json
+	@mkdir -p $(@D)
+	$(PY) -c 'from llprobe.table import bundle_table; bundle_table("figures/$*/table", "$@")'
 landscapes: figures/$(DATASET)/landscapes/result.json   ## train the best, median and worst of DATASET's table again and slice the loss around them (minutes)
 figures/%/landscapes/result.json: nbs/experiments/landscapes.ipynb | $(VENV)/.installed
 	@mkdir -p runs/landscapes/$*

@@ -39,7 +39,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     p.add_argument('--levels', type=_number, nargs='+', default=[0.1, 0.2, 0.3, 0.4], help='fractions of the training data, in (0, 1]')
     p.add_argument('--configs', type=_whole, default=argparse.SUPPRESS, dest='n_configs', metavar='CONFIGS', help='without a budget: how many configs to try (default: 16)')
     p.add_argument('--budget', type=_number, help='full trainings to spend in all: search within it for what to probe next, instead of successive levels')
-    p.add_argument('--warm-start', type=Path, nargs='+', action='extend', default=[], metavar='FOLDER', help='folders of other studies, finished or begun, on other data, of any architecture: begin with what they learnt')
+    p.add_argument('--warm-start', type=Path, nargs='+', action='extend', default=[], metavar='FOLDER', help='folders of other studies, finished or begun, on other data, of any architecture: begin with what they learnt; the word bundled: with what llprobe has seen of digits, MNIST and CIFAR-10')
     p.add_argument('--choose-levels', action='store_true', default=argparse.SUPPRESS, help='with a budget: a pilot of 8 configs chooses the level that the others begin at')
     p.add_argument('--pauses', type=_number, nargs='*', default=argparse.SUPPRESS, metavar='SHARE', help='with a budget: shares of the epochs after which a probe at the lowest level may pause, to be continued if it looks promising; without a number probes never pause (default: 0.33 0.67)')
     p.add_argument('--full', type=_whole, dest='n_full', metavar='N', help='configs to train in full, of which the best by validation is chosen and tested; by default 1, or a third of the budget')

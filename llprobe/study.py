@@ -50,7 +50,7 @@ class StudySettings:
     pauses: tuple[float, ...] = (0.33, 0.67) # Within a budget: shares of the epochs after which a probe at the lowest level may pause, to be continued if it is promising; not with a training of one's own
     population: str|None = None # One of `population.METHODS`; None is 'auto' on a GPU, and 'alone' on a CPU, where a resumed study then has the bits of an uninterrupted one
     n_full: int|None = None # Configs trained in full, of which the best by validation is chosen and tested; by default 1, or a third of the budget
-    warm_start: tuple[str|Path|dict[str, str], ...] = () # Folders of other studies to learn from; of an opened study what names them, such as their data sets
+    warm_start: tuple[str|Path|dict[str, str], ...] = () # Folders of other studies to learn from, or the word bundled; of an opened study what names them, such as their data sets
 
     @property
     def epochs(self) -> list[int]: # The last is the end

@@ -26,7 +26,7 @@ from .warm_start import source_predictions
 
 # %% auto #0
 __all__ = ['table_dataset', 'probe_table', 'write_table', 'read_table', 'table_records', 'replay_table', 'card_space',
-           'card_settings', 'card_dataset', 'validation_size', 'replay_study', 'table_sources']
+           'card_settings', 'card_dataset', 'validation_size', 'replay_study', 'table_sources', 'bundle_table']
 
 # %% ../nbs/63_table.ipynb #63table005
 def _mnist5k() -> Dataset:
@@ -260,3 +260,15 @@ def table_sources(
     sources: dict[str, np.ndarray] = {}
     for card in cards: sources |= dict.fromkeys([_replay_name(card, seed) for seed in card['seeds']], predicted(card))
     return sources
+
+# %% ../nbs/63_table.ipynb #63tablen06
+def bundle_table(
+    folder: str|Path, # From `write_table`
+    path: str|Path, # Of the JSON file
+) -> None:
+    "Write the scores of a table's first seed; null for a training that failed"
+    every, card, n_val = _by_trial(Path(folder))
+    records = every[card['seeds'][0]]
+    def score(config: dict, level: float) -> float|None: return round(r['val_score'], 6) if (r := records[config_id(config), level])['status'] == 'ok' else None
+    write_json(path, dict(dataset=card['dataset'], fingerprint=card['fingerprint'], n_val=n_val, chance=card['chance'], levels=card['levels'], configs=card['configs'],
+                          val_scores=[[score(config, level) for level in card['levels']] for config in card['configs']]))

@@ -22,7 +22,7 @@ from .features import feature_columns
 from .learning_curves import error_from_log, log_error
 
 # %% auto #0
-__all__ = ['KEYS', 'KERNELS', 'TRUSTED', 'normalised_regret', 'relative_features', 'TransferModel', 'order_quality']
+__all__ = ['KEYS', 'RECORD', 'KERNELS', 'TRUSTED', 'normalised_regret', 'relative_features', 'TransferModel', 'order_quality']
 
 # %% ../nbs/52_transfer.ipynb #52transfer005
 KEYS = ['task', 'config_id', 'level']
@@ -85,14 +85,13 @@ class TransferModel:
     "Predict scores at level 1 from probes, with what other tasks have shown"
     def __init__(self,
         kind: Literal['trees', 'gaussian_process'] = 'trees', # What learns g
-        weight: float = 0.7, # w, where other tasks help
         coverage: float = 0.9, # Of the intervals
         n_folds: int = 5, # Parts of the tasks left out in turn; as many as tasks or more: one task at a time
         n_trees: int = 100, # Of the trees
         max_rows: int = 1500, # Of a Gaussian process, whose cost is cubic
         seed: int = 0, # Of folds, trees and the Gaussian process's rows
     ):
-        self.kind, self.weight, self.coverage, self.n_folds, self.n_trees, self.max_rows, self.seed = kind, weight, coverage, n_folds, n_trees, max_rows, seed
+        self.kind, self.coverage, self.n_folds, self.n_trees, self.max_rows, self.seed = kind, coverage, n_folds, n_trees, max_rows, seed
 
 # %% ../nbs/52_transfer.ipynb #52transfer009
 def _ordered(
@@ -111,45 +110,76 @@ def _known(
 def _goals(
     frame: pd.DataFrame, # Known rows
     features: pd.DataFrame, # Theirs
-) -> np.ndarray: # (n, 2): change of the log error less the task's median, normalised regret
-    "What the two regressors should say"
-    keys = [frame.task, frame.level]
-    change = log_error(1-frame.target.astype(float))-features.z
-    regret = normalised_regret(1-frame.target.astype(float), keys).clip(upper=1.5)
-    return np.stack([change-change.groupby(keys).transform('median'), regret], axis=1)
+) -> np.ndarray: # (n, 3): change of the log error less the task's median; rank (the best first) and log regret, each over its deviation
+    "What the regressors should say"
+    keys, error = [frame.task, frame.level], 1-frame.target.astype(float)
+    change, by = log_error(error)-features.z, error.groupby(keys)
+    change, place = change-change.groupby(keys).transform('median'), np.stack([by.rank(pct=True), log_error(error-by.transform('min'))], axis=1)
+    return np.c_[change, place/np.maximum(place.std(0), 1e-9)]
 
+# %% ../nbs/52_transfer.ipynb #52transfern01
+RECORD = ['record_change', 'record_rank', 'record_regret'] # The goals
+_IMAGINED = 5 # Tasks at the overall mean
+
+def _records(
+    frame: pd.DataFrame, # Rows to learn from: config_id, level, group
+    goals: np.ndarray, # (n, 3), from `_goals`
+) -> tuple[pd.DataFrame, pd.DataFrame]: # By config and level, from all rows; for each row, from the other groups'
+    "How each config fared elsewhere"
+    counted, keys = pd.DataFrame(goals, frame.index, RECORD).assign(n=1.0), [frame.config_id, frame.level]
+    every, own = counted.groupby(keys), counted.groupby([*keys, frame.group])
+    def means(sums: pd.DataFrame) -> pd.DataFrame: return (sums[RECORD]+_IMAGINED*goals.mean(0)).div(sums['n']+_IMAGINED, axis=0)
+    return means(every.sum()), means(every.transform('sum')-own.transform('sum'))
+
+def _look_up(
+    records: pd.DataFrame, # By config and level, from `_records`
+    frame: pd.DataFrame, # config_id, level
+) -> pd.DataFrame: # For each row; the mean for a config that was never met
+    "Each config's record at the nearest level"
+    known = np.unique(records.index.get_level_values('level').to_numpy(float))
+    near = known[np.abs(np.log(frame.level.to_numpy(float))[:, None]-np.log(known)).argmin(1)]
+    found = records.reindex(pd.MultiIndex.from_arrays([frame.config_id, near]))
+    return found.fillna(records.mean()).set_axis(frame.index)
+
+# %% ../nbs/52_transfer.ipynb #52transfern04
 @patch
 def _learn(self: TransferModel,
-    features: pd.DataFrame, # From `relative_features`
-    goals: np.ndarray, # (n, 2), from `_goals`
-) -> list[RegressorMixin]: # One for each goal
-    "Both regressors fitted on some rows"
-    rows, trees = np.arange(len(features)), self.kind == 'trees'
+    frame: pd.DataFrame, # Rows to learn from: config_id, level, group
+    features: pd.DataFrame, # Theirs, from `relative_features`
+    goals: np.ndarray, # (n, 3), from `_goals`
+) -> tuple[list[RegressorMixin], pd.DataFrame]: # Of the change, and of the place; the records
+    "Fit both regressors"
+    records, own = _records(frame, goals)
+    rows, trees = np.arange(len(frame)), self.kind == 'trees'
     if not trees and len(rows) > self.max_rows: rows = np.random.default_rng(self.seed).choice(rows, self.max_rows, replace=False)
     weights = {'extratreesregressor__sample_weight': np.exp(-features.z_gap.to_numpy()[rows])} if trees else {}
-    values = features.to_numpy()[rows]
-    return [_regressor(self.kind, self.n_trees, self.seed).fit(values, goal[rows], **extra) for goal, extra in zip(goals.T, (weights, {}))]
+    values = np.c_[features.to_numpy(), own.to_numpy()][rows]
+    return [_regressor(self.kind, self.n_trees, self.seed).fit(values, goal[rows], **extra) for goal, extra in ((goals[:, 0], weights), (goals[:, 1:], {}))], records
 
 def _ask(
     regressors: list[RegressorMixin], # From `_learn`
-    features: pd.DataFrame, # With the same columns
-) -> np.ndarray: # (n, 2)
-    "What both regressors say"
-    return np.stack([regressor.predict(features.to_numpy()) for regressor in regressors], axis=1)
+    records: pd.DataFrame, # Likewise
+    frame: pd.DataFrame, # config_id, level
+    features: pd.DataFrame, # Theirs, with the columns that were learnt from
+) -> np.ndarray: # (n, 2): change of the log error, place
+    "What the other tasks say of these rows"
+    change, place = (regressor.predict(np.c_[features.to_numpy(), _look_up(records, frame).to_numpy()]) for regressor in regressors)
+    return np.stack([change, place.mean(1)], axis=1)
 
 # %% ../nbs/52_transfer.ipynb #52transfer00b
 @patch
 def _left_out(self: TransferModel,
-    features: pd.DataFrame, # Known rows
-    goals: np.ndarray, # (n, 2)
-    groups: np.ndarray, # Whose data a row is from
+    frame: pd.DataFrame, # Rows to learn from: config_id, level, group
+    features: pd.DataFrame, # Theirs
+    goals: np.ndarray, # (n, 3)
 ) -> np.ndarray: # (n, 2), as learnt from the other groups; 0 for a single group
     "What the other tasks say of each task"
-    names = np.random.default_rng(self.seed).permutation(np.unique(groups))
-    fold = pd.Series(np.arange(len(names)) % self.n_folds, names)[groups].to_numpy()
-    said = np.zeros(goals.shape)
+    names = np.random.default_rng(self.seed).permutation(frame.group.unique())
+    fold = frame.group.map(pd.Series(np.arange(len(names)) % self.n_folds, names)).to_numpy()
+    said = np.zeros((len(goals), 2))
     for k in np.unique(fold) if len(names) > 1 else []:
-        said[fold == k] = _ask(self._learn(features[fold != k], goals[fold != k]), features[fold == k])
+        part, rest = fold == k, fold != k
+        said[part] = _ask(*self._learn(frame[rest], features[rest], goals[rest]), frame[part], features[part])
     return said
 
 def _gain(
@@ -169,15 +199,15 @@ def fit(self: TransferModel,
     frame = _ordered(frame)
     known = _known(frame)
     if not known.any(): raise InputError('the tasks to learn from have no target: give at least one config that was trained at level 1')
-    features, frame = relative_features(frame)[known], frame[known]
+    features, frame = relative_features(frame)[known], frame[known].assign(group=frame['group' if 'group' in frame else 'task'].astype(str))
     self.columns, goals = list(features), _goals(frame, features)
     target, distance = log_error(1-frame.target.astype(float)), -np.log(frame.level.astype(float))
     self.exponent = float(((features.z-target)/distance)[distance > 0].median()) if (distance > 0).any() else 0.0
-    table = frame[['task', 'level']].assign(group=frame['group' if 'group' in frame else 'task'].astype(str), target=target, cold=features.z-self.exponent*distance)
-    change, regret = self._left_out(features, goals, table['group'].to_numpy()).T
-    self.gain = _gain(table.assign(warm=table.cold+self.weight*change+regret))
-    self.trust = self.weight if self.gain[0] > 2*self.gain[1] else 0.0
-    self.regressors = self._learn(features, goals) if self.trust else []
+    table = frame[['task', 'level', 'group']].assign(target=target, cold=features.z-self.exponent*distance)
+    change, place = self._left_out(frame, features, goals).T
+    self.gain = _gain(table.assign(warm=table.cold+change+place))
+    self.trust = bool(self.gain[0] > 2*self.gain[1])
+    self.regressors, self.records = self._learn(frame, features, goals) if self.trust else ([], None)
     self._calibrate(table.assign(residual=target-table.cold-self.trust*change))
     return self
 
@@ -199,13 +229,13 @@ def predict(self: TransferModel,
     frame = _ordered(frame)
     top = frame.groupby(['task', 'config_id'])['level'].idxmax().to_numpy()
     features, level = relative_features(frame).reindex(columns=self.columns).iloc[top], frame.level.to_numpy(float)[top]
-    change, regret = _ask(self.regressors, features).T if self.regressors else np.zeros((2, len(top)))
-    z = features.z.to_numpy()+self.exponent*np.log(level)+self.trust*change
+    change, place = _ask(self.regressors, self.records, frame.iloc[top], features).T if self.trust else np.zeros((2, len(top)))
+    z = features.z.to_numpy()+self.exponent*np.log(level)+change
     width = np.interp(np.log(level), np.log(self.levels), self.widths)
     mean, lower, upper = (1-error_from_log(part) for part in (z, z+width, z-width))
     std = (upper-lower)/2/norm.ppf((1+self.coverage)/2)
     index = pd.MultiIndex.from_frame(frame.loc[top, ['task', 'config_id']])
-    return pd.DataFrame(dict(mean=mean, std=std, lower=lower, upper=upper, preference=-z-regret, level=level), index=index)
+    return pd.DataFrame(dict(mean=mean, std=std, lower=lower, upper=upper, preference=-z-place, level=level), index=index)
 
 # %% ../nbs/52_transfer.ipynb #52transfer010
 def order_quality(
@@ -228,19 +258,20 @@ def _check_trees(
     model: TransferModel, # Just loaded
 ) -> None: # Raises `ValueError`
     "Every node of every tree leads to a later node by a known feature, or nowhere"
-    for tree in [part.tree_ for pipeline in model.regressors for part in getattr(pipeline[-1], 'estimators_', [])]:
+    for n_outputs, tree in [(n, part.tree_) for n, pipeline in zip((1, 2), model.regressors) for part in getattr(pipeline[-1], 'estimators_', [])]:
         parent = np.flatnonzero((tree.children_left != -1) | (tree.children_right != -1))
         children = np.stack([tree.children_left, tree.children_right])[:, parent]
         features = tree.feature[parent]
         sound = (children > parent).all() and (children < tree.node_count).all() and (features >= 0).all() and (features < tree.n_features).all()
-        if not sound or tree.n_features != len(model.columns) or tree.n_outputs != 1: raise ValueError('a tree is broken')
+        if not sound or tree.n_features != len(model.columns)+len(RECORD) or tree.n_outputs != n_outputs: raise ValueError('a tree is broken')
 
 @patch
 def save(self: TransferModel,
     path: str|Path, # Ends in .skops by custom; written in one step
 ) -> None:
     "Save a fitted model"
-    state = dict(format='llprobe.TransferModel', versions=_versions(), state=vars(self))
+    records = self.records.reset_index().to_dict('list') if self.trust else None
+    state = dict(format='llprobe.TransferModel', versions=_versions(), state=vars(self) | dict(records=records))
     with atomic_path(path) as temporary: skops.io.dump(state, temporary, compression=zipfile.ZIP_DEFLATED)
 
 @patch(cls_method=True)
@@ -254,6 +285,7 @@ def load(cls: TransferModel,
         theirs, model = content['versions']['sklearn'], cls()
         if theirs == sklearn.__version__:
             vars(model).update(content['state'])
+            if model.trust: model.records = pd.DataFrame(model.records).set_index(['config_id', 'level'])[RECORD]
             _check_trees(model)
     except Exception as error: raise InputError(f'{path} is no model that llprobe saved: give a file written by TransferModel.save') from error
     if theirs != sklearn.__version__: raise InputError(f'{path} was saved with scikit-learn {theirs}, this is {sklearn.__version__}: fit the model again, or install that version')

@@ -6,11 +6,12 @@
 from __future__ import annotations
 import json, warnings
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 import numpy as np, pandas as pd
 from .adaptive import initial_order, normal_quantiles
-from .core import InputError, write_json
+from .core import InputError, digest, write_json
 from .dataset_features import chance_score, part_sizes
 from .features import fidelities
 from .metamodel import PRIOR, PowerLawModel
@@ -19,7 +20,7 @@ from .store import open_store
 from .surrogate import FidelityGP
 
 # %% auto #0
-__all__ = ['source_predictions', 'prior_exponents', 'WarmStart', 'learn', 'warm_design']
+__all__ = ['BUNDLED', 'source_predictions', 'prior_exponents', 'bundled_sources', 'WarmStart', 'learn', 'warm_design']
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart005
 def _within(space: SearchSpace, config: dict) -> dict|None: # None if it lacks a value, or has one that is none of the space's
@@ -71,6 +72,7 @@ def prior_exponents(
 def _read(folder: str|Path, out: Path) -> tuple[dict, list[dict], int, float]|None: # Study, probes, validation samples, chance; None without a study
     "What a source's folder holds"
     folder = Path(folder).expanduser().resolve()
+    if folder in bundled_sources(): return _read_bundled(folder)
     if folder == out.resolve(): raise InputError(f'{folder} is the study itself: warm-start it from other studies')
     if not (folder/'study.db').is_file(): return None
     with open_store(folder/'study.db', read_only=True) as store:
@@ -82,6 +84,29 @@ def _read(folder: str|Path, out: Path) -> tuple[dict, list[dict], int, float]|No
 
 def _identity(study: dict) -> dict[str, str]: # What the new study's settings say of a source: no path
     return dict(dataset=study['dataset'], fingerprint=study['fingerprint'], settings=study['settings_digest'])
+
+# %% ../nbs/55_warm_start.ipynb #55warmstartn07
+BUNDLED = 'bundled' # In the place of a folder
+
+def bundled_sources() -> list[Path]: # JSON files, as `table.bundle_table` writes them
+    "What llprobe's own tables have shown"
+    return sorted(Path(str(files('llprobe')/'sources')).glob('*.json'))
+
+def _read_bundled(path: Path) -> tuple[dict, list[dict], int, float]: # Study, probes, validation samples, chance
+    "What a table has shown, as if it were a study"
+    card = json.loads(path.read_text())
+    records = [dict(config_id=config_id(config), config=config, level=level, status='ok' if score is not None else 'diverged', val_score=np.nan if score is None else score)
+               for config, scores in zip(card['configs'], card['val_scores']) for level, score in zip(card['levels'], scores)]
+    return card | dict(settings_digest=digest(card)), records, card['n_val'], card['chance']
+
+def _expand(
+    folders: Sequence[str|Path],
+    fingerprint: str, # Of the new study's data
+) -> list[str|Path]: # Each once
+    "The files that `bundled` stands for, in its place"
+    def paths(folder: str|Path) -> list[str|Path]:
+        return [p for p in bundled_sources() if _read_bundled(p)[0]['fingerprint'] != fingerprint] if str(folder) == BUNDLED else [folder]
+    return list(dict.fromkeys(path for folder in ([folders] if isinstance(folders, (str, Path)) else folders) for path in paths(folder)))
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart011
 @dataclass(frozen=True)
@@ -112,18 +137,18 @@ def _stored(out: Path) -> WarmStart|None:
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart012
 def learn(
-    folders: Sequence[str|Path], # Of the sources
+    folders: Sequence[str|Path], # Of the sources; or `bundled`
     out: Path, # The new study's folder, where `WarmStart.save` may have written
     space: SearchSpace,
     candidates: Sequence[dict], # n configs of the space
     fingerprint: str = '', # Of the new study's data
 ) -> WarmStart: # Raises `InputError` for a folder without a study, and for `out` itself
     "What other studies know of these candidates; what was stored, if it came from the same"
-    folders = list(dict.fromkeys([folders] if isinstance(folders, (str, Path)) else folders))
+    folders = _expand(folders, fingerprint)
     stored, found = _stored(out), [_read(folder, out) for folder in folders]
     before = stored.sources if stored and len(stored.sources) == len(folders) else [None]*len(folders)
     for folder, source, known in zip(folders, found, before):
-        if not (source or known): raise InputError(f'{folder} holds no study to learn from: give folders that llprobe run wrote to')
+        if not (source or known): raise InputError(f'{folder} holds no study to learn from: give folders that llprobe run wrote to, or the word {BUNDLED}')
     identities = [_identity(source[0]) if source else known for source, known in zip(found, before)]
     ids = [config_id(c) for c in candidates]
     if stored and (stored.sources, stored.candidates) == (identities, ids): return stored

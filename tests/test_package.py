@@ -24,6 +24,7 @@ def unpacked(tmp_path_factory) -> Path:
 def test_the_wheel_holds_every_module_and_nothing_else(unpacked):
     modules = {p.relative_to(unpacked) for p in unpacked.rglob('*.py')}
     assert modules == {p.relative_to(ROOT) for p in (ROOT/'llprobe').rglob('*.py')}
+    assert {p.name for p in (unpacked/'llprobe'/'sources').iterdir()} == {p.name for p in (ROOT/'llprobe'/'sources').iterdir()} != set()
     entry_points = next(unpacked.glob('*.dist-info/entry_points.txt')).read_text()
     assert 'llprobe=llprobe.cli:main' in entry_points.replace(' ', '')
 

@@ -17,7 +17,7 @@ def task(name: str, seed: int, n_configs: int = 12) -> pd.DataFrame:
     draw = np.random.default_rng(seed)
     steep = draw.uniform(size=n_configs)
     full = draw.uniform(-2, -1)-0.5*steep+0.1*draw.normal(size=n_configs)
-    rows = [pd.DataFrame(dict(task=name, config_id=[f'c{i}' for i in range(n_configs)], level=level, status='ok', hp_steep=steep,
+    rows = [pd.DataFrame(dict(task=name, config_id=[f'{name} {i}' for i in range(n_configs)], level=level, status='ok', hp_steep=steep,
                               val_score=1-np.exp(full-(0.1+0.4*steep)*np.log(level)), target=1-np.exp(full))) for level in (0.1, 0.2)]
     return pd.concat(rows, ignore_index=True)
 
@@ -69,6 +69,18 @@ def test_a_tree_that_runs_in_a_circle_is_refused(tmp_path):
     fitted.save(tmp_path/'model.skops')
     with pytest.raises(InputError, match='no model that llprobe saved'):
         TransferModel.load(tmp_path/'model.skops')
+
+
+def test_the_record_of_configs_that_recur_is_used():
+    "Nothing but its name tells that a config gains from more data"
+    draw = np.random.default_rng(0)
+    gains = draw.uniform(size=12)
+    def recurring(name: str) -> pd.DataFrame:
+        probed = draw.uniform(-2, -1.5, size=12)
+        return pd.DataFrame(dict(task=name, config_id=[f'c{i}' for i in range(12)], level=0.1, val_score=1-np.exp(probed), target=1-np.exp(probed-gains)))
+    new, fitted = recurring('new'), TransferModel(n_trees=30).fit(pd.concat([recurring(f'task {i}') for i in range(20)], ignore_index=True))
+    predicted, target = fitted.predict(new).preference.droplevel('task'), new.set_index('config_id').target
+    assert fitted.trust and predicted.corr(target, 'spearman') > 0.85 > 0.7 > new.val_score.corr(new.target, 'spearman')
 
 
 def test_misleading_tasks_leave_the_probes_order():

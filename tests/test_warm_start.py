@@ -129,3 +129,13 @@ def test_refusals_are_one_sentence(source, tmp_path, capsys):
         open_study('digits', out, settings=replace(SMALL, warm_start=(other,)), progress=False)
     assert 'now unset' in refused(capsys, '--out', out)
     assert (out/'warm-start.json').read_text() == kept
+
+
+def test_the_word_bundled_stands_for_the_tables_of_other_data(tmp_path):
+    "digits is among them, so its own study learns from the two others; and opened again it finds what it has learnt"
+    settings = replace(BUDGET, warm_start=('bundled',))
+    for _ in range(2):
+        with open_study('digits', tmp_path, settings=settings, progress=False).store as store:
+            assert [source['dataset'] for source in store.study('digits')['settings']['warm_start']] == ['cifar10-10k', 'mnist5k']
+    predicted = np.array(json.loads((tmp_path/'warm-start.json').read_text())['predictions'])
+    assert predicted.shape[0] == 2 and np.isfinite(predicted).all() and (predicted.std(1) > 0.1).all()

@@ -5,7 +5,7 @@
 # %% ../nbs/55_warm_start.ipynb #55warmstart003
 from __future__ import annotations
 import json, warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Iterable, Sequence
@@ -116,6 +116,11 @@ class WarmStart:
     candidates: list[str]           # n config ids
     predictions: list[list[float]]  # (s, n): of the sources that had enough configs
     prior: tuple[float, float]|None # Mean and deviation of the exponents
+    shared: list[list[str]] = field(default_factory=list) # Hyper-parameters that each source told of; of a file from before they were kept, none
+
+    def __str__(self) -> str:
+        told = [f'{source["dataset"]} of {", ".join(names)}' if names else f'{source["dataset"]} of nothing that this space has' for source, names in zip(self.sources, self.shared)]
+        return f'begins with what others have shown: {"; ".join(told)}' if told else 'begins with what others have shown'
 
     def __repr__(self) -> str:
         prior = 'none' if self.prior is None else f'{self.prior[0]:.2f} ± {self.prior[1]:.2f}'
@@ -157,7 +162,8 @@ def learn(
     found = [source for source in found if source]
     predictions = [source_predictions(records, space, candidates, f'the study of {study["dataset"]}') for study, records, *_ in found]
     prior = prior_exponents((pd.DataFrame(records), n, chance) for _, records, n, chance in found)
-    return WarmStart(identities, ids, [p.tolist() for p in predictions if p is not None], prior)
+    shared = [_shared_space(space, [r['config'] for r in records]) if p is not None else None for (_, records, *_), p in zip(found, predictions)]
+    return WarmStart(identities, ids, [p.tolist() for p in predictions if p is not None], prior, [list(part.names) if part else [] for part in shared])
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart014
 def warm_design(

@@ -331,8 +331,22 @@ def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: Any) -> 
         bar.show(**_standing(study, at_once))
     prune_checkpoints(study.paused, _KEPT)
     records = [r for r in study.search.records.values() if r['level'] == trials[0].level]
-    if all(r['status'] == 'crashed' for r in records):
-        raise InputError(f'all {len(records)} probes at level {trials[0].level:g} crashed, the first with {records[0]["error"]}: mend the model or the space')
+    if all(r['status'] == 'crashed' for r in records): raise InputError(_failure(records))
+
+def _failure(records: list[dict]) -> str:
+    "What to say of probes of which none came to its end"
+    crashed, n, levels = [r for r in records if r['status'] == 'crashed'], len(records), sorted({r['level'] for r in records})
+    where = f'{"up to" if len(levels) > 1 else "at"} level {levels[-1]:g}'
+    if not crashed: return f'all {n} probes {where} diverged: lower the learning rates in the space, or mend the model'
+    if len(crashed) == n: return f'all {n} probes {where} crashed, the first with {crashed[0]["error"]}: mend the model or the space'
+    return f'all {n} probes {where} crashed or diverged, the first crash with {crashed[0]["error"]}: mend the model, or lower the learning rates in the space'
+
+def _check_probes(study: Study, trials: list[Trial]) -> None: # What would run next
+    "Raise `InputError` when all configs of the first level have failed, or the first ones of a search within a budget"
+    records, search = [r for r in study.search.records.values() if r['purpose'] == 'probe'], study.search
+    enough = len(search.configs) if study.settings.budget is None else search.adaptive.n_initial
+    if len(records) < enough and trials and trials[0].purpose == 'probe': return
+    if records and all(r['status'] in ('crashed', 'diverged') for r in records): raise InputError(_failure(records))
 
 # %% ../nbs/61_study.ipynb #61study019
 def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) -> int: # CPU threads of the full training
@@ -380,7 +394,10 @@ def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: 
     before = _standing(study)
     with Workers(n_workers, executor) as workers, progress_bar('', before['total'], initial=before['n'], show=progress) as bar:
         bar.show(**before)
-        while (trials := study.search.ask()) and trials[0].purpose == 'probe': _run_rung(study, trials, workers, bar)
+        while True:
+            _check_probes(study, trials := study.search.ask())
+            if not trials or trials[0].purpose != 'probe': break
+            _run_rung(study, trials, workers, bar)
     for record in study.search.records.values():
         if record['status'] == 'paused': study.track('log', record) # for good, by now
     shutil.rmtree(study.paused, ignore_errors=True)

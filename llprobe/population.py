@@ -6,20 +6,41 @@
 from __future__ import annotations
 import contextlib, os
 from dataclasses import dataclass
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 import pandas as pd, safetensors.torch
 from torch import nn
 from .core import InputError
 from .data import Dataset, cached_file
 from .execution import Workers
-from .models import forward_flops
-from .optimization import resolve_config
+from .models import architecture_hyperparameters, architecture_name, check_architecture, forward_flops
+from .optimization import DEFAULTS, resolve_config
 from .probe import ProbeSettings, ProbeTask, pack_weights, run_probes, task_model, task_split, train_tasks
 from .stack import stack_key
 from .training import TrainResult, resolve_device
 
 # %% auto #0
-__all__ = ['METHODS', 'Group', 'plan_groups', 'probe_population', 'default_workers', 'Population', 'train_population']
+__all__ = ['METHODS', 'check_configs', 'Group', 'plan_groups', 'probe_population', 'default_workers', 'Population',
+           'train_population']
+
+# %% ../nbs/43_population.ipynb #43populationn01
+def _check_names(architecture: str|Callable, names: Iterable[str]) -> None:
+    "A hyper-parameter that nothing reads is a slip of the pen"
+    own = architecture_hyperparameters(architecture)
+    known = (*(own or ()), *DEFAULTS)
+    for name in names if own is not None else ():
+        if name not in known: raise InputError(f'{name!r} is read neither by {architecture_name(architecture)} nor by training: choose from {", ".join(known)}')
+
+def check_configs(
+    s: ProbeSettings,
+    configs: Sequence[dict], # Hyper-parameters
+    dataset: Dataset,
+) -> None:
+    "Raise `InputError` for a config that llprobe's own loop cannot train"
+    architecture = s.architecture or 'simple_cnn'
+    _check_names(architecture, dict.fromkeys(name for config in configs for name in config))
+    for config in configs:
+        resolve_config(config, s.train.shared, dataset.task)
+        check_architecture(architecture, config, dataset.input_shape, dataset.n_outputs)
 
 # %% ../nbs/43_population.ipynb #43population005
 METHODS = ('auto', 'stack', 'alone')
@@ -126,6 +147,7 @@ def train_population(
 ) -> Population:
     "Train many configs at once; raises the first error that a training raised"
     if not configs: raise InputError('there must be at least one config, got none')
+    if settings.training is None: check_configs(settings, configs, dataset)
     n_workers = n_workers or default_workers(settings.train.device)
     tasks = [ProbeTask(str(cached_file(dataset)), dict(config), level, seed, settings=settings) for config in configs]
     position = {id(task): i for i, task in enumerate(tasks)}

@@ -13,15 +13,15 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np, torch
 from .adaptive import pause_epochs
 from .checkpoint import prune_checkpoints
-from .core import InputError, atomic_path, name_scores, plain, show_score, write_json
+from .core import InputError, atomic_path, name_scores, plain, show_error, show_score, write_json
 from .custom_training import check_training
 from .data import Dataset, Split, cached_file, load_dataset
 from .dataset_features import data_features
 from .execution import Workers
 from .metamodel import PowerLawModel
-from .models import architecture_hyperparameters, architecture_name, build_model, forward_flops, function_name
-from .optimization import DEFAULTS, resolve_config
-from .population import METHODS, default_workers, probe_population
+from .models import architecture_name, build_model, forward_flops, function_name
+from .optimization import resolve_config
+from .population import METHODS, check_configs, default_workers, probe_population
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, ended, full_training_equivalents, load_split, run_probe, task_indices
 from .progress import between_bars, progress_bar
 from .search import BudgetSearch, Search, Trial, check_levels
@@ -84,20 +84,6 @@ def _check_importable(function: str|Callable|None, n_workers: int) -> None:
     if n_workers > 1 and in_notebook:
         raise InputError(f'{function.__qualname__} cannot be imported by worker processes: move it to a module, or run with one worker')
 
-def _check_names(architecture: str|Callable, names: Iterable[str]) -> None:
-    "A hyper-parameter that nothing reads is a slip of the pen"
-    own = architecture_hyperparameters(architecture)
-    known = (*(own or ()), *DEFAULTS)
-    for name in names if own is not None else ():
-        if name not in known: raise InputError(f'{name!r} is read neither by {architecture_name(architecture)} nor by training: choose from {", ".join(known)}')
-
-def _check_configs(s: ProbeSettings, configs: list[dict], dataset: Dataset) -> None:
-    "Raise `InputError` for a config that llprobe's own loop cannot train"
-    _check_names(s.architecture, dict.fromkeys(name for config in configs for name in config))
-    for config in configs:
-        resolve_config(config, s.train.shared, dataset.task)
-        build_model(s.architecture, config, dataset.input_shape, dataset.n_outputs)
-
 def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -> None:
     "Raise `InputError` for what would fail later"
     s = settings.probe
@@ -108,7 +94,7 @@ def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -
     if s.training is not None and settings.full_trainings > 1: raise InputError(f'n_full must be 1 with a training of your own, got {settings.n_full}')
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     if s.training is not None: check_training(s.training, s.train)
-    else: _check_configs(s, configs, split.dataset)
+    else: check_configs(s, configs, split.dataset)
     for level in settings.levels: task_indices(ProbeTask(data_path, configs[0], level, settings.seed, settings=s))
 
 # %% ../nbs/61_study.ipynb #61study00a
@@ -305,7 +291,7 @@ def finished_record(
     "A record of whatever came out"
     if isinstance(result, InputError): raise result
     if not isinstance(result, Exception): return result
-    return crashed_record(task, f'{type(result).__name__}: {result}'.splitlines()[0])
+    return crashed_record(task, show_error(result))
 
 def _method(settings: StudySettings) -> str:
     "Which probes train together"

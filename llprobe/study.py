@@ -84,7 +84,7 @@ def _check_importable(function: str|Callable|None, n_workers: int) -> None:
     if n_workers > 1 and in_notebook:
         raise InputError(f'{function.__qualname__} cannot be imported by worker processes: move it to a module, or run with one worker')
 
-def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -> None:
+def _check_study(settings: StudySettings, space: SearchSpace, configs: list[dict], data_path: str) -> None:
     "Raise `InputError` for what would fail later"
     s = settings.probe
     resolve_device(s.train.device)
@@ -94,7 +94,7 @@ def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -
     if s.training is not None and settings.full_trainings > 1: raise InputError(f'n_full must be 1 with a training of your own, got {settings.n_full}')
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     if s.training is not None: check_training(s.training, s.train)
-    else: check_configs(s, configs, split.dataset)
+    else: check_configs(s, configs, split.dataset, space)
     for level in settings.levels: task_indices(ProbeTask(data_path, configs[0], level, settings.seed, settings=s))
 
 # %% ../nbs/61_study.ipynb #61study00a
@@ -233,7 +233,7 @@ def open_study(
     data_path, s = str(cached_file(dataset)), settings.probe
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     configs, start = _warm_candidates(space, settings, out, split)
-    _check_study(settings, configs, data_path)
+    _check_study(settings, space, configs, data_path)
     if start: settings = replace(settings, warm_start=tuple(start.sources))
     features, name = data_features(split, settings.seed), name or dataset.name
     search = _search(settings, space, configs, split, features, start)

@@ -32,6 +32,8 @@ def make_ladder(
 ) -> list[Rung]: # By level, then epochs
     "Pauses at the lowest level, whole trainings at the others, and pauses again at level 1"
     levels, epochs = sorted(levels), sorted(epochs)
+    if not levels or not 0 < levels[0] <= levels[-1] <= 1: raise InputError(f'levels must be at least one number in (0, 1], got {levels}')
+    if not epochs or epochs[0] < 1: raise InputError(f'epochs must be at least one whole number of 1 or more, got {epochs}')
     def cost(level: float, e: int) -> float: return (level+validation*(level < 1))*e/epochs[-1]+overhead*(level < 1 and e == epochs[-1])
     return [Rung(level, e, cost(level, e)) for level in levels for e in (epochs if level in (levels[0], 1.0) else epochs[-1:])]
 
@@ -157,6 +159,7 @@ def tell(self: AdaptiveSearch,
 ) -> None:
     "Take a result, in any order"
     if not 0 <= number < len(self.steps): raise InputError(f'step {number} was never asked for')
+    if not hasattr(score, '__float__'): raise InputError(f'the score of step {number} is {score!r}: give a number, NaN for a failure')
     self.results[number] = float(score)
 
 @patch
@@ -317,6 +320,8 @@ def maximise(
     **options: Any, # Of `AdaptiveSearch`
 ) -> pd.DataFrame: # One row a step: candidate, level, epochs, score, spent; the best in full first by `sort_values`
     "Search with a function called in this process, one step after another"
+    if len(encoded) != len(configs): raise InputError(f'encoded needs a row for each of the {len(configs)} configs, got {len(encoded)}')
+    if budget < (least := ladder[-1].cost)-1e-9: raise InputError(f'budget must be at least {least:g}, for a training at the highest rung, got {budget:g}')
     search = AdaptiveSearch(encoded, ladder, budget=budget, **options)
     while steps := search.ask():
         for step in steps: search.tell(step.number, function(configs[step.candidate], search.ladder[step.rung].level, search.ladder[step.rung].epochs))

@@ -4,18 +4,34 @@
 
 # %% ../nbs/00_core.ipynb #00core003
 from __future__ import annotations
-import contextlib, hashlib, json, os, tempfile
+import contextlib, hashlib, json, os, re, sysconfig, tempfile, traceback
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 import numpy as np
 
 # %% auto #0
-__all__ = ['METRICS', 'InputError', 'is_number', 'plain', 'digest', 'derive_seed', 'atomic_path', 'write_json', 'score_key',
-           'name_scores', 'show_score', 'show_value']
+__all__ = ['METRICS', 'InputError', 'show_error', 'is_number', 'plain', 'digest', 'derive_seed', 'atomic_path', 'write_json',
+           'score_key', 'name_scores', 'show_score', 'show_value']
 
 # %% ../nbs/00_core.ipynb #00core005
 class InputError(ValueError):
     "Input that the user can mend: its message is one sentence that says how"
+
+# %% ../nbs/00_core.ipynb #00coren03
+def _is_own(path: str) -> bool:
+    "Is a file the user's?"
+    others = [sysconfig.get_path('stdlib'), *([str(Path(__file__).parent)] if '__file__' in globals() else [])]
+    return not path.startswith('<') and not {'site-packages', 'dist-packages'} & set(Path(path).parts) and not any(Path(path).is_relative_to(other) for other in others)
+
+def show_error(
+    error: BaseException,
+    function: Callable|None = None, # Whose definition is named if the traceback has no place of the user's
+) -> str:
+    "An exception in one line, with the file and line of the user's own code"
+    places = re.findall(r'File "(.+)", line (\d+)', ''.join(traceback.format_exception(error)))
+    if code := getattr(function, '__code__', None): places.insert(0, (code.co_filename, code.co_firstlineno))
+    said = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+    return said+next((f' ({path}, line {line})' for path, line in reversed(places) if _is_own(path)), '')
 
 # %% ../nbs/00_core.ipynb #00coren01
 def is_number(

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from .core import InputError, derive_seed, is_number
+from .core import InputError, derive_seed, is_number, show_error
 
 # %% auto #0
 __all__ = ['SAMPLEWISE', 'Architecture', 'ARCHITECTURES', 'Dropout', 'simple_cnn', 'mlp', 'resnet', 'import_function',
            'function_name', 'architecture_hyperparameters', 'architecture_name', 'evaluating', 'build_model',
-           'count_parameters', 'forward_flops']
+           'check_architecture', 'count_parameters', 'forward_flops']
 
 # %% ../nbs/11_models.ipynb #11models005
 def _number(config: dict[str, Any], name: str, default: float, low: float, high: float=float('inf'), whole: bool=True) -> float:
@@ -122,10 +122,6 @@ def resnet(
     return model
 
 # %% ../nbs/11_models.ipynb #11models015
-def _reason(error: Exception) -> str:
-    "An exception in one line"
-    return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-
 def import_function(
     name: str, # 'package.module:function'
     what: str='function', # What it is, for messages
@@ -134,7 +130,7 @@ def import_function(
     module, _, function = name.partition(':')
     try: found = getattr(importlib.import_module(module), function)
     except Exception as error: # the user's module may raise anything
-        raise InputError(f"{what} {name!r} cannot be imported ({_reason(error)}): check its name and the Python path") from error
+        raise InputError(f"{what} {name!r} cannot be imported ({show_error(error)}): check its name and the Python path") from error
     if callable(found): return found
     raise InputError(f"{what} {name!r} is a {type(found).__name__}, not a function")
 
@@ -171,7 +167,7 @@ def _timm(name: str, config: dict[str, Any], input_shape: tuple[int, ...], n_cla
         model = timm.create_model(name, pretrained=False, **options)
         with _trying_out(model): model(_zeros(model, 2, input_shape))
     except Exception as error:
-        raise InputError(f"timm:{name} cannot be built for images of shape {shape} ({_reason(error)}): choose another model, or larger images") from error
+        raise InputError(f"timm:{name} cannot be built for images of shape {shape} ({show_error(error)}): choose another model, or larger images") from error
     return model
 
 # %% ../nbs/11_models.ipynb #11models01a
@@ -248,6 +244,19 @@ def build_model(
         model = function(dict(config), input_shape, n_classes)
         if function not in ARCHITECTURES.values(): _try_out(architecture, model, input_shape, n_classes)
     return model
+
+def check_architecture(
+    architecture: str|Architecture, # As for `build_model`, and so on
+    config: dict[str, Any],
+    input_shape: tuple[int, ...],
+    n_classes: int,
+) -> None:
+    "Build a network for a try; `InputError` says for which config and where in the user's code that fails"
+    try: build_model(architecture, config, input_shape, n_classes)
+    except InputError: raise
+    except Exception as error: # the user's function may raise anything
+        name = getattr(architecture, '__qualname__', architecture)
+        raise InputError(f"architecture {name} fails for the config {config} with {show_error(error, _find(architecture))}: mend it, or the space") from error
 
 # %% ../nbs/11_models.ipynb #11models029
 def count_parameters(

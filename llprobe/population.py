@@ -6,20 +6,52 @@
 from __future__ import annotations
 import contextlib, os
 from dataclasses import dataclass
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 import pandas as pd, safetensors.torch
 from torch import nn
 from .core import InputError
 from .data import Dataset, cached_file
 from .execution import Workers
-from .models import forward_flops
-from .optimization import resolve_config
+from .models import architecture_hyperparameters, architecture_name, check_architecture, forward_flops
+from .optimization import DEFAULTS, resolve_config
 from .probe import ProbeSettings, ProbeTask, pack_weights, run_probes, task_model, task_split, train_tasks
+from .space import SearchSpace, choices_of
 from .stack import stack_key
 from .training import TrainResult, resolve_device
 
 # %% auto #0
-__all__ = ['METHODS', 'Group', 'plan_groups', 'probe_population', 'default_workers', 'Population', 'train_population']
+__all__ = ['METHODS', 'check_configs', 'Group', 'plan_groups', 'probe_population', 'default_workers', 'Population',
+           'train_population']
+
+# %% ../nbs/43_population.ipynb #43populationn01
+def _check_names(architecture: str|Callable, names: Iterable[str]) -> None:
+    "A hyper-parameter that nothing reads is a slip of the pen"
+    own = architecture_hyperparameters(architecture)
+    known = (*(own or ()), *DEFAULTS)
+    for name in names if own is not None else ():
+        if name not in known: raise InputError(f'{name!r} is read neither by {architecture_name(architecture)} nor by training: choose from {", ".join(known)}')
+
+def _check_config(s: ProbeSettings, config: dict, dataset: Dataset) -> None:
+    "Raise `InputError` for a config that cannot be trained on these data"
+    values = resolve_config(config, s.train.shared, dataset.task)
+    for name in ('augment', 'cutout') if not dataset.is_image else ():
+        if values[name] != DEFAULTS[name]: raise InputError(f'{name} changes images only, and {dataset.name} has none, so nothing reads {values[name]!r}: leave {name} out')
+    check_architecture(s.architecture or 'simple_cnn', config, dataset.input_shape, dataset.n_outputs)
+
+def check_configs(
+    s: ProbeSettings,
+    configs: Sequence[dict], # Hyper-parameters
+    dataset: Dataset,
+    space: SearchSpace|None = None, # That they are of, if the ends of its ranges are to be looked at, too
+) -> None:
+    "Raise `InputError` for a config that llprobe's own loop cannot train"
+    _check_names(s.architecture or 'simple_cnn', dict.fromkeys(name for config in configs for name in config))
+    for config in configs: _check_config(s, config, dataset)
+    for name, hp in space.configspace.items() if space else ():
+        example = next((config for config in configs if name in config), None)
+        for end in () if example is None or choices_of(hp) else (hp.lower, hp.upper):
+            try: _check_config(s, example | {name: end}, dataset)
+            except InputError as error: raise InputError(f'{name} has the range {hp.lower:g} to {hp.upper:g}, whose end {end:g} is not allowed: {error}') from error
 
 # %% ../nbs/43_population.ipynb #43population005
 METHODS = ('auto', 'stack', 'alone')
@@ -126,6 +158,7 @@ def train_population(
 ) -> Population:
     "Train many configs at once; raises the first error that a training raised"
     if not configs: raise InputError('there must be at least one config, got none')
+    if settings.training is None: check_configs(settings, configs, dataset)
     n_workers = n_workers or default_workers(settings.train.device)
     tasks = [ProbeTask(str(cached_file(dataset)), dict(config), level, seed, settings=settings) for config in configs]
     position = {id(task): i for i, task in enumerate(tasks)}

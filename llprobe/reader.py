@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, functools, html, json, math
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 import pandas as pd, safetensors.torch, torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
@@ -21,7 +21,8 @@ from .store import open_store
 from .training import network_samples, resolve_device
 
 # %% auto #0
-__all__ = ['Config', 'counted', 'paused_after', 'Record', 'read_result', 'StudyReader', 'read_study', 'find_studies', 'no_model']
+__all__ = ['Config', 'counted', 'paused_after', 'seen_score', 'Record', 'read_result', 'StudyReader', 'read_study',
+           'find_studies', 'no_model']
 
 # %% ../nbs/75_reader.ipynb #75reader005
 def _table(values: dict[str, Any]) -> str:
@@ -50,6 +51,13 @@ def paused_after(
     "When a paused probe had the score that its record holds"
     return f'after {counted(len(record["curve"]), "epoch")}' if record['status'] == 'paused' else ''
 
+def seen_score(
+    record: Mapping[str, Any], # As `store.Store.probes` gives it, or another with its status
+    score: str = 'val_score',
+) -> float|None: # None for a training that crashed or diverged: what is recorded then is the score of chance
+    "A score that was seen"
+    return None if record['status'] in ('crashed', 'diverged') else record[score]
+
 class Record(dict):
     "What a training left: a record as `store.Store.probes` gives it"
     def __init__(self, values: dict[str, Any], metric: str = 'accuracy'):
@@ -60,7 +68,7 @@ class Record(dict):
     def what(self) -> str: return 'full training' if self['purpose'] == 'final' else f'probe at level {self["level"]:g}'
 
     def _scores(self) -> dict[str, str]:
-        return {f'{part} {METRICS[self._metric]}': show_score(self[f'{part}_score'], self._metric) for part in ('val', 'test') if self[f'{part}_score'] is not None}
+        return {f'{part} {METRICS[self._metric]}': show_score(score, self._metric) for part in ('val', 'test') if (score := seen_score(self, f'{part}_score')) is not None}
 
     def __repr__(self) -> str:
         scores = ''.join(f', {name} {score}' for name, score in self._scores().items())
@@ -227,7 +235,7 @@ def metamodel(self: StudyReader,
 @patch
 def ranking(self: StudyReader,
     level: float = 1.0, # Use probes up to this level
-) -> pd.DataFrame: # By config_id, best first: mean, std (score at level 1), level (the highest probed), exponent, val_score, status
+) -> pd.DataFrame: # By config_id, best first and what crashed or diverged last: mean, std (score at level 1), level (the highest probed), exponent, val_score (NaN where none was seen), status
     "What each config would reach in full, as the meta-model sees it now"
     if level not in self._rankings: self._rankings[level] = self._rank(level)
     return self._rankings[level].copy()
@@ -240,7 +248,12 @@ def _rank(self: StudyReader, level: float) -> pd.DataFrame:
     frame = self._features(level)
     table, seen = self.metamodel(level).predict(frame), frame.set_index(['config_id', 'level'])[['val_score', 'status']]
     table = table.join(seen.loc[list(zip(table.index, table['level']))].reset_index('level', drop=True))
-    return table.sort_values('mean', ascending=False, kind='stable')
+    table['val_score'] = [math.nan if (score := seen_score(row)) is None else score for row in table.to_dict('records')]
+    return table.assign(failed=_failed(table)).sort_values(['failed', 'mean'], ascending=[True, False], kind='stable').drop(columns='failed')
+
+def _failed(ranking: pd.DataFrame) -> pd.Series:
+    "Which configs crashed or diverged at the highest level they were probed at"
+    return ranking['status'].isin(['crashed', 'diverged'])
 
 @patch(as_prop=True)
 def order(self: StudyReader) -> list[str]: # config_ids
@@ -250,8 +263,9 @@ def order(self: StudyReader) -> list[str]: # config_ids
 
 @patch(as_prop=True)
 def best(self: StudyReader) -> str|None: # Its config_id
-    "The config trained in full, or else the one predicted to be best by now"
-    return self.final['config_id'] if self.final else next(iter(self.ranking().index), None)
+    "The config trained in full, or else the one predicted to be best by now, of those that neither crashed nor diverged"
+    ranking = self.ranking()
+    return self.final['config_id'] if self.final else next(iter(ranking.index[~_failed(ranking)]), None)
 
 # %% ../nbs/75_reader.ipynb #75reader011
 @patch
@@ -377,10 +391,11 @@ def headline(self: StudyReader) -> str:
 @patch
 def configs_frame(self: StudyReader,
     level: float = 1.0, # As in `ranking`
-) -> pd.DataFrame: # By config_id, best first: predicted, std, seen, level, status, then hyper-parameters
+) -> pd.DataFrame: # By config_id, best first: predicted, std, seen (all NaN for what crashed or diverged), level, status, then hyper-parameters
     "What was tried, best prediction first"
     table = self.ranking(level).rename(columns=dict(mean='predicted', val_score='seen')).drop(columns='exponent')
     table = table[['predicted', 'std', 'seen', 'level', 'status']]
+    table.loc[_failed(table), ['predicted', 'std']] = math.nan
     values = pd.DataFrame([self.configs[c] for c in table.index], index=table.index)
     return table.join(values.rename(columns=lambda name: f'config_{name}' if name in table else name))
 
@@ -389,4 +404,4 @@ def _repr_html_(self: StudyReader) -> str:
     table = self.configs_frame().head(10)
     table.index = [c[:8] for c in table.index]
     rest = f'<p>… and {len(self.configs)-len(table)} more</p>' if len(self.configs) > len(table) else ''
-    return f'<h4>{html.escape(self.name)}</h4><p>{html.escape(self.headline())}</p>{table.to_html(float_format="{:.4g}".format, na_rep="")}{rest}'
+    return f'<h4>{html.escape(self.name)}</h4><p>{html.escape(self.headline())}</p>{table.to_html(float_format="{:.4g}".format, na_rep="–")}{rest}'

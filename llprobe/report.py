@@ -17,7 +17,7 @@ from .details import Details, shown_record, study_details
 from .evaluation import targets_chart
 from .metamodel import is_vague
 from .progress import progress_bar
-from .reader import StudyReader, no_model, paused_after, read_study
+from .reader import StudyReader, no_model, paused_after, read_study, seen_score
 
 # %% auto #0
 __all__ = ['write_site', 'all_details', 'write_report']
@@ -64,7 +64,7 @@ def _chart(figure: go.Figure, caption: str, wide: bool = False) -> dict[str, Any
 # %% ../nbs/80_report.ipynb #80report009
 def _predicted(study: StudyReader, config: str|None) -> tuple[float|None, float|None]: # Mean, deviation
     ranking = study.ranking()
-    return tuple(ranking.loc[config, ['mean', 'std']]) if config in ranking.index else (None, None)
+    return tuple(ranking.loc[config, ['mean', 'std']]) if config in ranking.index and seen_score(ranking.loc[config]) is not None else (None, None)
 
 def _plus_minus(study: StudyReader, mean: float|None, std: float|None) -> str:
     "A prediction, or a dash"
@@ -120,7 +120,8 @@ def _config_rows(study: StudyReader) -> tuple[list[str], list[list[_Cell]], int|
     for config in (order := study.order):
         r = ranking.loc[config] if config in ranking.index else dict(mean=None, std=None, val_score=None, level=None, status='not probed') | paused.get(config, {})
         show, status = _score(study), f'paused {paused_after(r)}' if r['status'] == 'paused' else r['status']
-        rows.append([_Cell(config[:8], href=f'{config}.html', kind='id'), _number(r['mean'], show), _number(r['std'], show), _number(r['val_score'], show), _number(r['level']), _Cell(status, kind='brief'),
+        mean, std = (None, None) if seen_score(r) is None else (r['mean'], r['std'])
+        rows.append([_Cell(config[:8], href=f'{config}.html', kind='id'), _number(mean, show), _number(std, show), _number(r['val_score'], show), _number(r['level']), _Cell(status, kind='brief'),
                      *(_value(study.configs[config].get(n)) for n in names)])
     return ['config', f'predicted {METRICS[study.metric]}', '±', 'seen', 'at level', 'status', *names], rows, order.index(study.best) if study.best else None
 
@@ -128,7 +129,7 @@ def _full_trainings(study: StudyReader) -> dict[str, Any]|None: # None where the
     "Which config was chosen, of several that were trained in full"
     if len(study.finals) < 2: return None
     show = _score(study)
-    rows = [[_Cell(r['config_id'][:8], href=f'{r["config_id"]}.html', kind='id'), _Cell(r['status']), _number(r['val_score'], show), _number(r['val_loss']),
+    rows = [[_Cell(r['config_id'][:8], href=f'{r["config_id"]}.html', kind='id'), _Cell(r['status']), _number(seen_score(r), show), _number(r['val_loss']),
              _Cell(('chosen' if study.is_finished else 'best so far') if r is study.final else '')] for r in study.finals]
     return _table('finals', 'Trained in full', ['config', 'status', f'validation {METRICS[study.metric]}', 'validation loss', 'choice'], rows, study.finals.index(study.final))
 
@@ -161,7 +162,7 @@ def _values(study: StudyReader, config: str|None) -> list[tuple[str, str]]:
 def _probe_table(study: StudyReader, config: str) -> dict[str, Any]:
     "A config's records"
     show, records = _score(study), [r for r in study.records if r['config_id'] == config]
-    rows = [[_number(r['level']), _Cell('full training' if r['purpose'] == 'final' else 'probe'), _Cell(r['status'] if not r['error'] else f'{r["status"]}: {r["error"]}'), _number(len(r['curve']) or None), _number(r['val_score'], show), _number(r['val_loss']),
+    rows = [[_number(r['level']), _Cell('full training' if r['purpose'] == 'final' else 'probe'), _Cell(r['status'] if not r['error'] else f'{r["status"]}: {r["error"]}'), _number(len(r['curve']) or None), _number(seen_score(r), show), _number(r['val_loss']),
              _number(r['n_samples']), _number(study.fte(r), '{:.2f}'.format), _number(r['seconds'], '{:.2f}'.format)] for r in records]
     return _table('probes', 'Probes of this config', ['level', 'what', 'status', 'epochs', f'validation {METRICS[study.metric]}', 'validation loss', 'samples', 'FTE', 'seconds'], rows)
 
@@ -186,8 +187,8 @@ def _config_page(study: StudyReader, config: str, order: list[str], found: Detai
     record, place, show = shown_record(study, config), order.index(config), _score(study)
     seen = max((r for r in study.probes if r['config_id'] == config), key=lambda r: r['level'], default=None)
     charts, cards = [], [('predicted', _plus_minus(study, *_predicted(study, config)))]
-    if seen: cards.append((f'seen at level {seen["level"]:g}{", " if paused_after(seen) else ""}{paused_after(seen)}', _number(seen['val_score'], show).text))
-    if record and record['purpose'] == 'final': cards.append(('reached', _number(record['val_score'], show).text))
+    if seen: cards.append((f'seen at level {seen["level"]:g}{", " if paused_after(seen) else ""}{paused_after(seen)}', _number(seen_score(seen), show).text))
+    if record and record['purpose'] == 'final': cards.append(('reached', _number(seen_score(record), show).text))
     if record and record['test_score'] is not None: cards.append(('tested, once', _number(record['test_score'], show).text))
     if config in (ranked := study.ranking().index): cards.append(('rank', f'{place+1} of {len(ranked)} predicted'))
     if seen: charts = [_chart(config_curves_chart(study, config), f'Validation {METRICS[study.metric]} by epoch at each level.')]
@@ -204,7 +205,7 @@ def _index_table(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[s
     "One row a study"
     rows = []
     for study, label, href in zip(studies, study_labels(studies), hrefs):
-        show, probes = _score(study), [r for r in study.probes if r['val_score'] is not None and math.isfinite(r['val_score'])]
+        show, probes = _score(study), [r for r in study.probes if seen_score(r) is not None and math.isfinite(r['val_score'])]
         best = max(probes, key=lambda r: (r['val_score'], r['level']), default=None)
         seen = _Cell('–', '') if best is None else _Cell(f'{show(best["val_score"])} {METRICS[study.metric]} at level {best["level"]:g}{", " if paused_after(best) else ""}{paused_after(best)}', best['val_score'])
         spent, last = total_cost(study), study.timeline['finished_at'].iloc[-1] if len(study.timeline) else study.study['created_at']

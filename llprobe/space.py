@@ -112,8 +112,10 @@ def _when(name: str, written: Any, parsed: dict[str, Hyperparameter]) -> dict[st
     if not isinstance(written, dict) or not written:
         raise InputError(f"{name} has when: {written!r}: write another hyper-parameter and its value, such as {{optimizer: sgd}}")
     for parent in written:
-        if parent not in parsed or parent == name:
-            raise InputError(f"{name} depends on {parent!r}: choose from {', '.join(other for other in parsed if other != name)}")
+        if parent == name: raise InputError(f"{name} depends on itself in when: {written!r}: name another hyper-parameter, or leave out when")
+        if parent not in parsed:
+            others = ', '.join(other for other in parsed if other != name)
+            raise InputError(f"{name} depends on {parent!r}: {f'choose from {others}' if others else f'add {parent} to the space'}")
         if isinstance(parsed[parent], UniformFloatHyperparameter):
             raise InputError(f"{name} depends on {parent}, a range of real numbers: depend on a choice or a whole number")
     lists = {parent: values if isinstance(values, list) else [values] for parent, values in written.items()}
@@ -380,11 +382,11 @@ _DEFAULTS = dict(
 def default_space(
     architecture: str='simple_cnn', # simple_cnn, mlp, resnet, 'timm:model', or 'package.module:function'
 ) -> SearchSpace:
-    "The space to search when the user gives none; `InputError` for a name that has none"
+    "The space to search when the user gives none; `InputError` for an unknown name"
     if architecture in _DEFAULTS: return SearchSpace(architecture, _DEFAULTS[architecture])
     if architecture.startswith('timm:'): return SearchSpace(architecture, dict(dropout=dict(low=0.0, high=0.5)) | _TRAINING)
     if ':' in architecture: return SearchSpace(architecture, _TRAINING)
-    raise InputError(f"there is no default space for {architecture!r}: choose from {', '.join(_DEFAULTS)}, or write a space")
+    raise InputError(f"unknown architecture {architecture!r}: choose from {', '.join(_DEFAULTS)}, 'timm:model', or 'package.module:function'")
 
 # %% ../nbs/10_space.ipynb #10space036
 def describe(

@@ -13,15 +13,15 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np, torch
 from .adaptive import pause_epochs
 from .checkpoint import prune_checkpoints
-from .core import InputError, atomic_path, name_scores, plain, show_score, write_json
+from .core import InputError, atomic_path, name_scores, plain, show_error, show_score, write_json
 from .custom_training import check_training
 from .data import Dataset, Split, cached_file, load_dataset
 from .dataset_features import data_features
 from .execution import Workers
 from .metamodel import PowerLawModel
-from .models import architecture_hyperparameters, architecture_name, build_model, forward_flops, function_name
-from .optimization import DEFAULTS, resolve_config
-from .population import METHODS, default_workers, probe_population
+from .models import architecture_name, build_model, forward_flops, function_name
+from .optimization import resolve_config
+from .population import METHODS, check_configs, default_workers, probe_population
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, ended, full_training_equivalents, load_split, run_probe, task_indices
 from .progress import between_bars, progress_bar
 from .search import BudgetSearch, Search, Trial, check_levels
@@ -84,21 +84,7 @@ def _check_importable(function: str|Callable|None, n_workers: int) -> None:
     if n_workers > 1 and in_notebook:
         raise InputError(f'{function.__qualname__} cannot be imported by worker processes: move it to a module, or run with one worker')
 
-def _check_names(architecture: str|Callable, names: Iterable[str]) -> None:
-    "A hyper-parameter that nothing reads is a slip of the pen"
-    own = architecture_hyperparameters(architecture)
-    known = (*(own or ()), *DEFAULTS)
-    for name in names if own is not None else ():
-        if name not in known: raise InputError(f'{name!r} is read neither by {architecture_name(architecture)} nor by training: choose from {", ".join(known)}')
-
-def _check_configs(s: ProbeSettings, configs: list[dict], dataset: Dataset) -> None:
-    "Raise `InputError` for a config that llprobe's own loop cannot train"
-    _check_names(s.architecture, dict.fromkeys(name for config in configs for name in config))
-    for config in configs:
-        resolve_config(config, s.train.shared, dataset.task)
-        build_model(s.architecture, config, dataset.input_shape, dataset.n_outputs)
-
-def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -> None:
+def _check_study(settings: StudySettings, space: SearchSpace, configs: list[dict], data_path: str) -> None:
     "Raise `InputError` for what would fail later"
     s = settings.probe
     resolve_device(s.train.device)
@@ -108,7 +94,7 @@ def _check_study(settings: StudySettings, configs: list[dict], data_path: str) -
     if s.training is not None and settings.full_trainings > 1: raise InputError(f'n_full must be 1 with a training of your own, got {settings.n_full}')
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     if s.training is not None: check_training(s.training, s.train)
-    else: _check_configs(s, configs, split.dataset)
+    else: check_configs(s, configs, split.dataset, space)
     for level in settings.levels: task_indices(ProbeTask(data_path, configs[0], level, settings.seed, settings=s))
 
 # %% ../nbs/61_study.ipynb #61study00a
@@ -247,7 +233,7 @@ def open_study(
     data_path, s = str(cached_file(dataset)), settings.probe
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     configs, start = _warm_candidates(space, settings, out, split)
-    _check_study(settings, configs, data_path)
+    _check_study(settings, space, configs, data_path)
     if start: settings = replace(settings, warm_start=tuple(start.sources))
     features, name = data_features(split, settings.seed), name or dataset.name
     search = _search(settings, space, configs, split, features, start)
@@ -305,7 +291,7 @@ def finished_record(
     "A record of whatever came out"
     if isinstance(result, InputError): raise result
     if not isinstance(result, Exception): return result
-    return crashed_record(task, f'{type(result).__name__}: {result}'.splitlines()[0])
+    return crashed_record(task, show_error(result))
 
 def _method(settings: StudySettings) -> str:
     "Which probes train together"
@@ -331,8 +317,22 @@ def _run_rung(study: Study, trials: list[Trial], workers: Workers, bar: Any) -> 
         bar.show(**_standing(study, at_once))
     prune_checkpoints(study.paused, _KEPT)
     records = [r for r in study.search.records.values() if r['level'] == trials[0].level]
-    if all(r['status'] == 'crashed' for r in records):
-        raise InputError(f'all {len(records)} probes at level {trials[0].level:g} crashed, the first with {records[0]["error"]}: mend the model or the space')
+    if all(r['status'] == 'crashed' for r in records): raise InputError(_failure(records))
+
+def _failure(records: list[dict]) -> str:
+    "What to say of probes of which none came to its end"
+    crashed, n, levels = [r for r in records if r['status'] == 'crashed'], len(records), sorted({r['level'] for r in records})
+    where = f'{"up to" if len(levels) > 1 else "at"} level {levels[-1]:g}'
+    if not crashed: return f'all {n} probes {where} diverged: lower the learning rates in the space, or mend the model'
+    if len(crashed) == n: return f'all {n} probes {where} crashed, the first with {crashed[0]["error"]}: mend the model or the space'
+    return f'all {n} probes {where} crashed or diverged, the first crash with {crashed[0]["error"]}: mend the model, or lower the learning rates in the space'
+
+def _check_probes(study: Study, trials: list[Trial]) -> None: # What would run next
+    "Raise `InputError` when all configs of the first level have failed, or the first ones of a search within a budget"
+    records, search = [r for r in study.search.records.values() if r['purpose'] == 'probe'], study.search
+    enough = len(search.configs) if study.settings.budget is None else search.adaptive.n_initial
+    if len(records) < enough and trials and trials[0].purpose == 'probe': return
+    if records and all(r['status'] in ('crashed', 'diverged') for r in records): raise InputError(_failure(records))
 
 # %% ../nbs/61_study.ipynb #61study019
 def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) -> int: # CPU threads of the full training
@@ -380,7 +380,10 @@ def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: 
     before = _standing(study)
     with Workers(n_workers, executor) as workers, progress_bar('', before['total'], initial=before['n'], show=progress) as bar:
         bar.show(**before)
-        while (trials := study.search.ask()) and trials[0].purpose == 'probe': _run_rung(study, trials, workers, bar)
+        while True:
+            _check_probes(study, trials := study.search.ask())
+            if not trials or trials[0].purpose != 'probe': break
+            _run_rung(study, trials, workers, bar)
     for record in study.search.records.values():
         if record['status'] == 'paused': study.track('log', record) # for good, by now
     shutil.rmtree(study.paused, ignore_errors=True)

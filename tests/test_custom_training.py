@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,11 +173,13 @@ def test_settings_of_studies_without_one_are_as_before():
     assert 'training' not in StudySettings().to_dict()['probe']
 
 
-def test_exceptions_and_exits_are_recorded_as_crashes(user_folder, tmp_path):
-    result = run_study('digits', tmp_path/'out', SPACE, settings('user_code:sometimes', n_configs=6), n_workers=1, progress=False)
+@pytest.mark.parametrize('n_workers', [1, 2])
+def test_exceptions_and_exits_are_recorded_as_crashes_with_their_place(user_folder, tmp_path, n_workers):
+    result = run_study('digits', tmp_path/'out', SPACE, settings('user_code:sometimes', n_configs=6), n_workers=n_workers, progress=False)
     assert result['best_config']['width'] == 64
     errors = {r['config']['width']: r['error'] for r in records(tmp_path/'out')}
-    assert errors == {8: 'MemoryError: no room', 32: 'RuntimeError: the training function left Python with exit code 3', 64: None}
+    assert re.fullmatch(r'MemoryError: no room at all \(.*user_code.py, line \d+\)', errors[8]) and errors[64] is None
+    assert re.fullmatch(r'RuntimeError: the training function left Python with exit code 3 \(.*user_code.py, line \d+\)', errors[32])
 
 
 @pytest.mark.parametrize('training, message', [

@@ -278,7 +278,7 @@ def test_broken_files_are_named(tmp_path, text, message):
     ('{low: 1, high: 2, step: 1}', "unknown key 'step'"), ('{values: [a, b], ordered: maybe}', 'write true or false'), ('[]', 'at least one value'),
     ('{}', 'needs low and high'), ('{values: 3}', 'needs a list'), ('[1, 1.0]', 'twice'), ('[[1, 2], [3]]', 'use finite numbers'),
     ('2024-01-01', 'use finite numbers'), ('{value: 1, when: sgd}', 'write another hyper-parameter'), ('{value: 1, when: {}}', 'write another hyper-parameter'),
-    ('{value: 1, when: {nope: 1}}', "depends on 'nope'"), ('{value: 1, when: {x: 1}}', "depends on 'x'"), ('{value: 1, when: {y: c}}', 'y must be one of a, b'),
+    ('{value: 1, when: {nope: 1}}', "depends on 'nope'"), ('{value: 1, when: {x: 1}}', "depends on itself"), ('{value: 1, when: {y: c}}', 'y must be one of a, b'),
     ('{value: 1, when: {y: []}}', 'empty list'), ('{value: 1, when: {z: 0.5}}', 'a range of real numbers'), ('{low: 1, low: 2, high: 3}', 'twice')])
 def test_wrong_entries_are_named(tmp_path, entry, message):
     path = tmp_path/'space.yaml'

@@ -292,10 +292,10 @@ def always_broken(config, input_shape, n_classes):
     return model
 
 
-def study_with(architecture, out: Path) -> dict:
+def study_with(architecture, out: Path, budget: float | None = None) -> dict:
     space = SearchSpace.from_dict(dict(architecture='mlp', hyperparameters=dict(width=[1, 2, 3, 4], learning_rate=dict(low=0.01, high=1.0, log=True))))
     probe = ProbeSettings(architecture=architecture, train=TrainSettings(n_epochs=3))
-    return run_study('digits', out, space, StudySettings(levels=(0.1, 0.2), n_configs=8, probe=probe), n_workers=1, progress=False)
+    return run_study('digits', out, space, StudySettings(levels=(0.1, 0.2), n_configs=8, probe=probe, budget=budget), n_workers=1, progress=False)
 
 
 def test_a_model_that_raises_is_a_recorded_crash_and_is_never_chosen(tmp_path):
@@ -306,12 +306,54 @@ def test_a_model_that_raises_is_a_recorded_crash_and_is_never_chosen(tmp_path):
     assert by_width == {True: {'crashed'}, False: {'ok'}}
     assert values['best_config']['width'] < 3 and values['status'] == 'ok'
     with open_store(tmp_path/'out'/'study.db', read_only=True) as store:
-        assert {r['error'] for r in store.probes('digits') if r['status'] == 'crashed'} == {'RuntimeError: no such'}
+        [error] = {r['error'] for r in store.probes('digits') if r['status'] == 'crashed'}
+    assert re.fullmatch(r'RuntimeError: no such layer \(.*test_study.py, line \d+\)', error)
 
 
 def test_when_every_probe_crashes_the_study_stops_and_says_why(tmp_path):
     with pytest.raises(InputError, match='all 8 probes at level 0.1 crashed.*no such'):
         study_with(always_broken, tmp_path/'out')
+
+
+def too_narrow(config, input_shape, n_classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(63, n_classes))
+
+
+def misspelt(config, input_shape, n_classes):
+    return torch.nn.Linear(64, config['widht'])
+
+
+def without_arguments():
+    return torch.nn.Linear(64, 10)
+
+
+@pytest.mark.parametrize('architecture, error, line', [(too_narrow, 'RuntimeError: mat1', 0), (misspelt, "KeyError: 'widht'", 1), (without_arguments, 'TypeError: without_arguments', 0)])
+def test_a_model_that_cannot_be_built_is_named_with_config_file_and_line(tmp_path, architecture, error, line):
+    place = f'test_study.py, line {architecture.__code__.co_firstlineno+line}'
+    with pytest.raises(InputError, match=rf"architecture .*{architecture.__name__} fails for the config {{.*'width': .*}} with {error}.* \(.*{place}\)"):
+        study_with(architecture, tmp_path/'out')
+
+
+def without_numbers(config, input_shape, n_classes):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, n_classes))
+    torch.nn.init.constant_(model[1].weight, torch.nan)
+    return model
+
+
+def broken_or_without_numbers(config, input_shape, n_classes):
+    return (always_broken if config['width'] == 1 else without_numbers)(config, input_shape, n_classes)
+
+
+@pytest.mark.parametrize('architecture, budget, message', [
+    (without_numbers, None, '^all 8 probes at level 0.1 diverged: lower the learning rates'),
+    (broken_or_without_numbers, None, '^all 8 probes at level 0.1 crashed or diverged, the first crash with .*no such'),
+    (without_numbers, 4.0, '^all [0-9]+ probes .*diverged: lower the learning rates'),
+    (without_numbers, 1.9, '^all [0-9]+ probes .*diverged: lower the learning rates')])
+def test_when_every_training_diverges_the_study_stops_and_says_so_each_time(tmp_path, architecture, budget, message):
+    for _ in range(2):
+        with pytest.raises(InputError, match=message):
+            study_with(architecture, tmp_path/'out', budget)
+    assert not (tmp_path/'out'/'result.json').exists()
 
 
 @pytest.mark.parametrize('dataset', ['wine', 'breast_cancer'])

@@ -144,7 +144,7 @@ def _ledger(study: StudyReader) -> dict[str, Any]:
 def _left_out(study: StudyReader) -> str: # Empty where none is
     "What a chart of scores against levels does not show"
     n = len({r['config_id'] for r in study.probes if r['status'] == 'paused'}-{r['config_id'] for r in ended(study.probes)})
-    return f' Without {counted(n, "config")} that paused at {"its" if n == 1 else "their"} only level.' if n else ''
+    return f' It leaves out {counted(n, "config")} that paused before the end of a level.' if n else ''
 
 def _study_page(study: StudyReader) -> dict[str, Any]:
     "What `study.html` shows"

@@ -17,9 +17,9 @@ from .reader import StudyReader
 from .visualization import COLOURS, LOWEST_SCORE, log_ticks, two_deviations
 
 # %% auto #0
-__all__ = ['curves_chart', 'config_curves_chart', 'levels_chart', 'ranking_chart', 'timeline_chart', 'cost_parts', 'total_cost',
-           'cost_chart', 'responses_chart', 'importance_chart', 'interactions_chart', 'parallel_chart', 'study_labels',
-           'compare_chart', 'compare_costs_chart']
+__all__ = ['lowest_level', 'curves_chart', 'config_curves_chart', 'levels_chart', 'ranking_chart', 'timeline_chart', 'cost_parts',
+           'total_cost', 'cost_chart', 'responses_chart', 'importance_chart', 'interactions_chart', 'parallel_chart',
+           'study_labels', 'compare_chart', 'compare_costs_chart']
 
 # %% ../nbs/76_charts.ipynb #76charts005
 def _lines(lines: dict[str, tuple[Sequence[float], Sequence[float]]], **style: Any) -> go.Scatter:
@@ -51,9 +51,26 @@ def _interval(study: StudyReader, mean: Iterable[float], std: Iterable[float]) -
     down, up = two_deviations(mean, std, study.metric)
     return dict(array=plain_numbers(up), arrayminus=plain_numbers(down), symmetric=False)
 
+def _ends(study: StudyReader, mean: Iterable[float], std: Iterable[float]) -> list[float]:
+    "How far the error bars of `_interval` reach"
+    down, up = two_deviations(mean, std, study.metric)
+    mean = np.asarray(mean, float)
+    return [*(mean-down), *(mean+up)]
+
+def _epoch_axis(epochs: Iterable[int]) -> dict[str, Any]:
+    "An axis with whole numbers only"
+    return chart_axis('epoch', **(dict(dtick=1) if max(epochs) < 10 else {})) # plotly would halve or fifth the steps of a few
+
+def lowest_level(
+    study: StudyReader,
+    responses: bool = False, # Of the probes with responses only? Paused ones have none
+) -> float:
+    "Which level's probes a chart shows by default"
+    return min((r['level'] for r in study.probes if r['responses'] or not responses), default=study.levels[0])
+
 def _at(study: StudyReader, level: float|None) -> tuple[float, list[dict[str, Any]]]:
     "A level, by default the lowest, and its probes"
-    level = min((r['level'] for r in study.probes), default=study.levels[0]) if level is None else level
+    level = lowest_level(study) if level is None else level
     return level, [r for r in study.probes if r['level'] == level]
 
 # %% ../nbs/76_charts.ipynb #76charts008
@@ -68,7 +85,7 @@ def curves_chart(
     if not any(r['curve'] for r in records): return message_chart(f'no curve was recorded at level {level:g}')
     lines = {r['config_id']: ([row['epoch'] for row in r['curve']], [row['val_score'] for row in r['curve']]) for r in records}
     traces = _highlighted(lines, _highlight(study, highlight), f'epoch %{{x}}<br>{METRICS[study.metric]} %{{y}}')
-    return chart_figure(traces, chart_axis('epoch'), score_axis(study.metric, [y for _, ys in lines.values() for y in ys]))
+    return chart_figure(traces, _epoch_axis(x for xs, _ in lines.values() for x in xs), score_axis(study.metric, [y for _, ys in lines.values() for y in ys]))
 
 # %% ../nbs/76_charts.ipynb #76charts00a
 def config_curves_chart(
@@ -83,7 +100,8 @@ def config_curves_chart(
         name = 'full training' if r['purpose'] == 'final' else f'level {r["level"]:g}{", paused"*(r["status"] == "paused")}'
         x, y = ([row[k] for row in r['curve']] for k in ('epoch', 'val_score'))
         traces.append(go.Scatter(x=x, y=plain_numbers(y), mode='lines+markers', name=name, marker_size=5, line=dict(color=colour, width=2), hovertemplate=f'{name}<br>epoch %{{x}}, score %{{y}}<extra></extra>'))
-    return chart_figure(traces, chart_axis('epoch'), score_axis(study.metric, [row['val_score'] for r in records for row in r['curve']]), showlegend=True)
+    rows = [row for r in records for row in r['curve']]
+    return chart_figure(traces, _epoch_axis(row['epoch'] for row in rows), score_axis(study.metric, [row['val_score'] for row in rows]), showlegend=True)
 
 # %% ../nbs/76_charts.ipynb #76charts00c
 def levels_chart(
@@ -97,14 +115,14 @@ def levels_chart(
     probes = ended(study.probes)
     rows = {c: [r for r in probes if r['config_id'] == c] for c in {r['config_id']: None for r in probes}}
     lines = {c: ([r['level'] for r in rs], [r['val_score'] for r in rs]) for c, rs in rows.items()}
-    traces = _highlighted(lines, highlight, f'level %{{x}}<br>{unit} %{{y}}')
+    traces, scores = _highlighted(lines, highlight, f'level %{{x}}<br>{unit} %{{y}}'), [r['val_score'] for r in study.records]
     for config, colour in zip([c for c in highlight if c in ranking.index], itertools.cycle(CYCLE)):
         mean, std = ranking.loc[config, ['mean', 'std']]
+        scores += _ends(study, [mean], [std])
         traces.append(go.Scatter(x=[0.95], y=plain_numbers([mean]), error_y=_interval(study, [mean], [std])|dict(thickness=1.5), mode='markers', name='predicted ± 2σ',
                                  marker=dict(symbol='diamond', size=9, color=colour), hovertemplate=f'{config[:8]}<br>predicted %{{y}}<extra></extra>'))
     if finals: traces.append(_reached(study, finals, [1.05]*len(finals), [r['val_score'] for r in finals]))
     ticks = sorted({*study.levels, *(r['level'] for r in study.probes), 1.0})
-    scores = [r['val_score'] for r in study.records]
     return chart_figure(traces, chart_axis('level (fraction of the training data)', type='log', tickvals=ticks, ticktext=[f'{t:g}' for t in ticks]), score_axis(study.metric, scores))
 
 def _reached(study: StudyReader, finals: list[dict[str, Any]], x: list[Any], y: list[Any]) -> go.Scatter:
@@ -134,7 +152,7 @@ def ranking_chart(
     traces = [seen, predicted]
     if finals := [r for r in study.finals if r['config_id'] in table.index]:
         traces.append(_reached(study, finals, [r['val_score'] for r in finals], [names[list(table.index).index(r['config_id'])] for r in finals]))
-    axis = score_axis(study.metric, [*table['val_score'], *table['mean']])
+    axis = score_axis(study.metric, [*table['val_score'], *_ends(study, table['mean'], table['std']), *(r['val_score'] for r in finals)])
     if study.metric == 'accuracy': axis['range'] = [-0.02, 1.04]
     return chart_figure(traces, axis, chart_axis(type='category', tickfont=dict(family='monospace', size=11)), height=110+17*len(table))
 
@@ -194,12 +212,12 @@ def _colour_groups(scores: dict[str, float], n: int = 8) -> Iterable[tuple[str, 
 
 def responses_chart(
     study: StudyReader,
-    level: float|None = None, # By default the lowest
+    level: float|None = None, # By default the lowest that has responses
     highlight: Sequence[str]|None = None, # As in `curves_chart`
     sample: str = 'val', # 'train' or 'val'
 ) -> go.Figure:
     "Rise of the loss under filter-normalised noise against its radius, coloured by the score"
-    level, records = _at(study, level)
+    level, records = _at(study, lowest_level(study, responses=True) if level is None else level)
     lines = {r['config_id']: _profile(r, sample) for r in records}
     scores = {r['config_id']: max(r['val_score'], LOWEST_SCORE) for r in records if r['val_score'] is not None and math.isfinite(r['val_score']) and lines[r['config_id']][0]}
     if not scores: return message_chart(f'no response was recorded at level {level:g}')
@@ -300,18 +318,22 @@ def study_labels(
     return [f'{n} #{names[:i].count(n)+1}' if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 def compare_chart(
-    studies: Sequence[StudyReader], # Of one metric
+    studies: Sequence[StudyReader], # All that are compared, which tells their labels apart
+    metric: str|None = None, # Show those of this metric; by default that of the first
 ) -> go.Figure:
     "Of each study: the score predicted for its choice ± 2 deviations, and those reached"
     if not studies: return message_chart('there is nothing to compare')
-    labels, best, metric = show_labels(study_labels(studies), 28), [s.best for s in studies], studies[0].metric
+    metric = metric or studies[0].metric
+    labels, studies = zip(*((label, s) for label, s in zip(show_labels(study_labels(studies), 28), studies) if s.metric == metric))
+    best = [s.best for s in studies]
     tables = [s.ranking() for s in studies]
     means, stds = ([t.loc[b, k] if b in t.index else None for t, b in zip(tables, best)] for k in ('mean', 'std'))
     reached = {part: [s.final[f'{part}_score'] if s.final else None for s in studies] for part in ('val', 'test')}
-    def dots(name: str, x: list, symbol: str, colour: str, **more: Any) -> go.Scatter:
-        return go.Scatter(x=plain_numbers(x), y=labels, mode='markers', name=name, marker=dict(symbol=symbol, size=10, color=COLOURS[colour]), hovertemplate=f'%{{y}}<br>{name} %{{x}}<extra></extra>', **more)
-    traces = [dots('predicted ± 2σ', means, 'diamond', 'orange', error_x=_interval(studies[0], means, stds)|dict(thickness=1.5)), dots('reached', reached['val'], 'star', 'green'), dots('tested', reached['test'], 'circle-open', 'blue')]
-    return chart_figure(traces, score_axis(metric, [*means, *reached['val']], METRICS[metric]), chart_axis(type='category', autorange='reversed'), height=150+32*len(labels))
+    def dots(name: str, x: list, symbol: str, colour: str, width: float = 0, **more: Any) -> go.Scatter:
+        return go.Scatter(x=plain_numbers(x), y=labels, mode='markers', name=name, marker=dict(symbol=symbol, size=10, color=colour, line=dict(width=width)), hovertemplate=f'%{{y}}<br>{name} %{{x}}<extra></extra>', **more)
+    traces = [dots('predicted ± 2σ', means, 'diamond', COLOURS['orange'], error_x=_interval(studies[0], means, stds)|dict(thickness=1.5)),
+              dots('reached', reached['val'], 'star', COLOURS['green']), dots('tested', reached['test'], 'circle-open', CYCLE[-1], width=2.5)] # visible on black, too
+    return chart_figure(traces, score_axis(metric, [*_ends(studies[0], means, stds), *reached['val'], *reached['test']], METRICS[metric]), chart_axis(type='category', autorange='reversed'), height=150+32*len(labels))
 
 def compare_costs_chart(
     studies: Sequence[StudyReader],

@@ -349,7 +349,9 @@ def load_dataset(
     if name in _TORCHVISION: return _load_torchvision(name, root or cache_folder(cache))
     if name == 'california_housing': return _load_california_housing(root or cache_folder(cache))
     if name in DATASETS: return _load_sklearn(name)
-    if path.is_file(): return open_dataset(path)
+    if path.is_file():
+        dataset = open_dataset(path)
+        return replace(dataset, name=path.stem) if dataset.name == 'arrays' else dataset # `from_arrays` was given no name
     raise InputError(f'{name!r} is neither a data set llprobe knows ({", ".join(DATASETS)}) nor a folder')
 
 # %% ../nbs/01_data.ipynb #01data02a

@@ -301,7 +301,7 @@ def _vary(self: Explorer, name: str) -> None:
     config, metric = complete(space, values), self.study.metric
     for n, slider in self.sliders.items(): slider.disabled = n not in config
     [row] = self.what_if.predict([config]).to_dict('records')
-    self._say(self.what_if_text, f'predicted full {METRICS[metric]} {show_score(row["median"], metric, 1)}, 90 % between {show_score(row["low"], metric, 1)} and {show_score(row["high"], metric, 1)}, by what all configs\' probes have in common')
+    self._say(self.what_if_text, f'predicted full {METRICS[metric]} {show_score(row["median"], metric, 1)}, 90 % between {show_score(row["low"], metric, 1)} and {show_score(row["high"], metric, 1)}: not the ranking\'s prediction, which looks at a config\'s own probes, but one by hyper-parameters alone, from what all probes have in common')
     self.slice.show(slice_chart(self.study, self.what_if.slice(values, name), name, values[name]) if name in config else message_chart(f'{name} does not exist beside these values'))
 
 # %% ../nbs/85_explorer.ipynb #85explorer012

@@ -373,12 +373,17 @@ def samples(self: StudyReader,
     return network_samples(self.split, part, torch.arange(min(n or size, size)), device)
 
 # %% ../nbs/75_reader.ipynb #75reader01b
+@patch(as_prop=True)
+def architecture(self: StudyReader) -> str:
+    "What was trained: a network's name, or a training function's; a space may have been written for another"
+    return self.study['settings']['probe']['architecture'] or self.space.architecture
+
 @patch
 def design(self: StudyReader) -> str:
     "What is studied, in half a sentence"
     levels, paused = sorted({r['level'] for r in self.probes}) or self.levels, sum(r['status'] == 'paused' for r in self.probes)
     epochs = f'up to {counted(self.n_epochs, "epoch")} each, {paused} of them paused' if paused else f'{counted(self.n_epochs, "epoch")} each'
-    return (f'{counted(len(self.configs), "config")} of {self.space.architecture} on {self.study["dataset"]}, {counted(len(self.probes), "probe")} at '
+    return (f'{counted(len(self.configs), "config")} of {self.architecture} on {self.study["dataset"]}, {counted(len(self.probes), "probe")} at '
             f'level{"s"*(len(levels) > 1)} {", ".join(f"{l:g}" for l in levels)}, {epochs}')
 
 @patch

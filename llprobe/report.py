@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 import jinja2, markupsafe, plotly.graph_objects as go, plotly.offline
 from .charts import (compare_chart, compare_costs_chart, config_curves_chart, confusion_chart, cost_chart, curves_chart, importance_chart, interactions_chart,
-                            landscape_chart, levels_chart, parallel_chart, ranking_chart, responses_chart, study_labels, timeline_chart, total_cost)
+                            landscape_chart, levels_chart, lowest_level, parallel_chart, ranking_chart, responses_chart, study_labels, timeline_chart, total_cost)
 from .adaptive import pause_epochs
 from .core import METRICS, atomic_path, show_score
 from .details import Details, shown_record, study_details
 from .evaluation import targets_chart
 from .metamodel import is_vague
+from .probe import ended
 from .progress import progress_bar
-from .reader import StudyReader, no_model, paused_after, read_study, seen_score
+from .reader import StudyReader, counted, no_model, paused_after, read_study, seen_score
 
 # %% auto #0
 __all__ = ['write_site', 'all_details', 'write_report']
@@ -66,6 +67,7 @@ def _predicted(study: StudyReader, config: str|None) -> tuple[float|None, float|
     ranking = study.ranking()
     return tuple(ranking.loc[config, ['mean', 'std']]) if config in ranking.index and seen_score(ranking.loc[config]) is not None else (None, None)
 
+_PREDICTED = 'predicted, ± one deviation'
 def _plus_minus(study: StudyReader, mean: float|None, std: float|None) -> str:
     "A prediction, or a dash"
     return '–' if mean is None or not math.isfinite(mean) else f'{_score(study)(mean)} ± {_score(study)(std)}'
@@ -83,7 +85,7 @@ def _cost_text(study: StudyReader) -> str:
 def _study_cards(study: StudyReader) -> list[tuple[str, str]]:
     "The answer at a glance"
     show, final = (lambda v: '–' if v is None or not math.isfinite(v) else _score(study)(v)), study.final or {}
-    return [('predicted', _plus_minus(study, *_predicted(study, study.best))), ('reached', show(final.get('val_score'))), ('tested, once', show(final.get('test_score'))),
+    return [(_PREDICTED, _plus_minus(study, *_predicted(study, study.best))), ('reached', show(final.get('val_score'))), ('tested, once', show(final.get('test_score'))),
             ('cost, of all in full', _cost_text(study)), ('state', 'finished' if study.is_finished else 'not finished')]
 
 # %% ../nbs/80_report.ipynb #80report00a
@@ -103,7 +105,7 @@ def _pauses(study: StudyReader) -> str: # Empty without a budget
 def _facts(study: StudyReader) -> list[tuple[str, str]]:
     "How a study was computed"
     s, probe = study.study, study.study['settings']['probe']
-    rows = [('data set', f'{s["dataset"]}, {study.n_train} training and {study.n_val} validation samples, fingerprint {s["fingerprint"]}'), ('architecture', study.space.architecture),
+    rows = [('data set', f'{s["dataset"]}, {study.n_train} training and {study.n_val} validation samples, fingerprint {s["fingerprint"]}'), ('architecture', study.architecture),
             ('search', f'{_methods(study)}{_pauses(study)}; levels {", ".join(f"{l:g}" for l in study.levels)}; subsets {probe["strategy"]}; seed {study.seed}'),
             ('training', ', '.join(f'{k} {v}' for k, v in probe['train'].items())),
             ('begun, last probe', f'{s["created_at"]}, {study.timeline["finished_at"].iloc[-1] if len(study.timeline) else "none yet"}'), ('versions', ', '.join(f'{k} {v}' for k, v in s['versions'].items()))]
@@ -123,7 +125,7 @@ def _config_rows(study: StudyReader) -> tuple[list[str], list[list[_Cell]], int|
         mean, std = (None, None) if seen_score(r) is None else (r['mean'], r['std'])
         rows.append([_Cell(config[:8], href=f'{config}.html', kind='id'), _number(mean, show), _number(std, show), _number(r['val_score'], show), _number(r['level']), _Cell(status, kind='brief'),
                      *(_value(study.configs[config].get(n)) for n in names)])
-    return ['config', f'predicted {METRICS[study.metric]}', '±', 'seen', 'at level', 'status', *names], rows, order.index(study.best) if study.best else None
+    return ['config', f'predicted {METRICS[study.metric]}', '± one deviation', 'seen', 'at level', 'status', *names], rows, order.index(study.best) if study.best else None
 
 def _full_trainings(study: StudyReader) -> dict[str, Any]|None: # None where there is nothing to choose from
     "Which config was chosen, of several that were trained in full"
@@ -140,12 +142,17 @@ def _ledger(study: StudyReader) -> dict[str, Any]:
     return _table('ledger', 'Cost ledger', ['part', 'level', 'trainings', 'FTE', 'seconds'], rows)
 
 # %% ../nbs/80_report.ipynb #80report00c
+def _left_out(study: StudyReader) -> str: # Empty where none is
+    "What a chart of scores against levels does not show"
+    n = len({r['config_id'] for r in study.probes if r['status'] == 'paused'}-{r['config_id'] for r in ended(study.probes)})
+    return f' It leaves out {counted(n, "config")} that paused before the end of a level.' if n else ''
+
 def _study_page(study: StudyReader) -> dict[str, Any]:
     "What `study.html` shows"
     paused = ' Paused ones have the score that they paused with.'*any(r['status'] == 'paused' for r in study.probes)
-    score, low = METRICS[study.metric], f'level {min(study.levels):g}'
-    scores = [(levels_chart(study), f'Validation {score} of each config against its level, and what is predicted for the best.{" An open star was reached in full, but not chosen."*(len(study.finals) > 1)}'), (ranking_chart(study), 'The best predicted configs: what was seen, what is predicted at level 1.'),
-              (curves_chart(study), f'Validation {score} by epoch at {low}.'), (responses_chart(study), f'Rise of the validation loss under filter-normalised noise at {low}, mean over directions; coloured by {score}.')]
+    score, low = METRICS[study.metric], f'level {lowest_level(study):g}'
+    scores = [(levels_chart(study), f'Validation {score} of each config against its level, and what is predicted for the best.{_left_out(study)}{" An open star was reached in full, but not chosen."*(len(study.finals) > 1)}'), (ranking_chart(study), 'The best predicted configs: what was seen, what is predicted at level 1.'),
+              (curves_chart(study), f'Validation {score} by epoch at {low}.'), (responses_chart(study), f'Rise of the validation loss under filter-normalised noise at level {lowest_level(study, responses=True):g}, mean over directions; coloured by {score}.')]
     mattered = [(importance_chart(study), 'Share of the scores\' variation that each hyper-parameter has a part in.'), (interactions_chart(study), 'Share of the predictions\' variance that pairs explain only together.')]
     search = [(timeline_chart(study), f'Each probe when it was finished, with the best so far of each level.{" Open points are of paused probes." if paused else ""}'), (cost_chart(study), 'Cost by part, beside that of training every tried config in full.')]
     charts = {name: [_chart(*c) for c in group] for name, group in dict(scores=scores, mattered=mattered, search=search).items()}
@@ -166,11 +173,12 @@ def _probe_table(study: StudyReader, config: str) -> dict[str, Any]:
              _number(r['n_samples']), _number(study.fte(r), '{:.2f}'.format), _number(r['seconds'], '{:.2f}'.format)] for r in records]
     return _table('probes', 'Probes of this config', ['level', 'what', 'status', 'epochs', f'validation {METRICS[study.metric]}', 'validation loss', 'samples', 'FTE', 'seconds'], rows)
 
+_PARTS = dict(train='training', val='validation', test='test')
 def _details_page(found: Details) -> dict[str, Any]:
     "What the model shows, for `config.html`"
-    answers, charts = found.evaluation, [_chart(landscape_chart(found.landscape), f'Validation loss, over {found.landscape.facts["n_samples"]} samples, on a random filter-normalised plane through the weights; colours follow its logarithm.')]
-    if not answers.classes: return dict(reason='', classes=None, charts=[*charts, _chart(targets_chart(answers), f'Predicted against true value, {answers.part} part.')])
-    charts.append(_chart(confusion_chart(answers.confusion, answers.classes), f'How often each class was taken for which, {answers.part} part.'))
+    part, answers, charts = _PARTS[found.evaluation.part], found.evaluation, [_chart(landscape_chart(found.landscape), f'Validation loss, over {found.landscape.facts["n_samples"]} samples, on a random filter-normalised plane through the weights; colours follow its logarithm.')]
+    if not answers.classes: return dict(reason='', classes=None, charts=[*charts, _chart(targets_chart(answers), f'Predicted against true value, {part} part.')])
+    charts.append(_chart(confusion_chart(answers.confusion, answers.classes), f'How often each class was taken for which, {part} part.'))
     percent = '{:.1%}'.format
     rows = [[_Cell(r['class']), _number(r['samples']), _number(r['right']), _number(r['accuracy'], percent), _number(r['confidence'], percent), _Cell(r['taken_for'])] for r in answers.by_class().to_dict('records')]
     return dict(reason='', charts=charts, classes=_table('classes', 'Accuracy by class', ['class', 'samples', 'right', 'accuracy', 'mean confidence', 'most often taken for'], rows),
@@ -179,20 +187,20 @@ def _details_page(found: Details) -> dict[str, Any]:
 def _source(found: Details) -> str:
     "Which model and which samples a page shows"
     model = 'The full training\'s model' if found.purpose == 'final' else f'The model of level {found.level:g}'
-    return f'{model}; its answers are on {len(found.evaluation)} samples of the {dict(val="validation", test="test")[found.evaluation.part]} part.'
+    return f'{model}; its answers are on {len(found.evaluation)} samples of the {_PARTS[found.evaluation.part]} part.'
 
 # %% ../nbs/80_report.ipynb #80report00f
 def _config_page(study: StudyReader, config: str, order: list[str], found: Details|None) -> dict[str, Any]:
     "What `config.html` shows"
     record, place, show = shown_record(study, config), order.index(config), _score(study)
     seen = max((r for r in study.probes if r['config_id'] == config), key=lambda r: r['level'], default=None)
-    charts, cards = [], [('predicted', _plus_minus(study, *_predicted(study, config)))]
+    charts, cards = [], [(_PREDICTED, _plus_minus(study, *_predicted(study, config)))]
     if seen: cards.append((f'seen at level {seen["level"]:g}{", " if paused_after(seen) else ""}{paused_after(seen)}', _number(seen_score(seen), show).text))
     if record and record['purpose'] == 'final': cards.append(('reached', _number(seen_score(record), show).text))
     if record and record['test_score'] is not None: cards.append(('tested, once', _number(record['test_score'], show).text))
     if config in (ranked := study.ranking().index): cards.append(('rank', f'{place+1} of {len(ranked)} predicted'))
     if seen: charts = [_chart(config_curves_chart(study, config), f'Validation {METRICS[study.metric]} by epoch at each level.')]
-    if config in ranked: charts.append(_chart(levels_chart(study, [config]), 'Against its level, among the others.'))
+    if config in ranked: charts.append(_chart(levels_chart(study, [config]), f'Against its level, among the others.{_left_out(study)}'))
     if seen and seen['responses']: charts.append(_chart(responses_chart(study, seen['level'], [config]), f'Rise of the validation loss under noise at level {seen["level"]:g}, among the others.'))
     reason = no_model(record) if record else 'it was not probed yet'
     details = dict(reason=(found.reason if found else reason).rstrip('.')) if reason or (found and found.reason) else _details_page(found) if found else None
@@ -209,7 +217,7 @@ def _index_table(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[s
         best = max(probes, key=lambda r: (r['val_score'], r['level']), default=None)
         seen = _Cell('–', '') if best is None else _Cell(f'{show(best["val_score"])} {METRICS[study.metric]} at level {best["level"]:g}{", " if paused_after(best) else ""}{paused_after(best)}', best['val_score'])
         spent, last = total_cost(study), study.timeline['finished_at'].iloc[-1] if len(study.timeline) else study.study['created_at']
-        rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(study.space.architecture), _number(len(study.configs)), seen,
+        rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(study.architecture), _number(len(study.configs)), seen,
                      _number(_predicted(study, study.best)[0], show), _number((study.final or {}).get('val_score'), show), _number(spent, '{:.2f}'.format), _Cell(f'{"finished" if study.is_finished else "not finished"}, {last[:16].replace("T", " ")}')])
     return _table('studies', 'Studies', ['study', 'data set', 'architecture', 'configs', 'best probe', 'predicted', 'reached', 'FTE', 'state, last probe'], rows)
 
@@ -222,9 +230,9 @@ def _compare_page(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[
         rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(', '.join(f'{l:g}' for l in study.levels)), _Cell(_methods(study)), _number(mean, show), _number(std, show), _number(final.get('val_score'), show),
                      _number(final.get('test_score'), show), _number(spent, '{:.2f}'.format), _number(spent/n, '{:.0%}'.format)])
     for metric in dict.fromkeys(s.metric for s in studies):
-        charts.append(_chart(compare_chart([s for s in studies if s.metric == metric]), f'Validation {METRICS[metric]} predicted for each study\'s choice and reached by it, and its test.'))
+        charts.append(_chart(compare_chart(studies, metric), f'Validation {METRICS[metric]} predicted for each study\'s choice and reached by it, and its test.'))
     charts.append(_chart(compare_costs_chart(studies), 'Cost by part, as a share of training all tried configs in full.'))
-    return dict(charts=charts, table=_table('compare', 'Studies compared', ['study', 'data set', 'levels', 'search', 'predicted', '±', 'reached', 'tested', 'FTE', 'of all in full'], rows))
+    return dict(charts=charts, table=_table('compare', 'Studies compared', ['study', 'data set', 'levels', 'search', 'predicted', '± one deviation', 'reached', 'tested', 'FTE', 'of all in full'], rows))
 
 # %% ../nbs/80_report.ipynb #80report013
 _JINJA = jinja2.Environment(loader=jinja2.PackageLoader('llprobe', 'assets'), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)

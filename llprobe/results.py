@@ -54,7 +54,7 @@ def summary_rows(
     trainings, several = ('full training', []) if len(full) == 1 else (f'{len(full)} full trainings', [(f'validation {name} of all trained in full', ', '.join(full))])
     equal = sum(r[val] == result['reached'][val] for r in result['full_trainings'])-1
     choice = f', and so did {equal} other{"s"*(equal > 1)} trained in full: the one predicted to be best was chosen' if equal > 0 else ''
-    return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])}{vague}'),
+    return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])} (one deviation){vague}'),
             *several, (f'reached validation {name}', show(result['reached'][val])+choice), (f'reached test {name}', show(result['reached'][test])),
             ('cost of the search', f'{fte["probe"]+fte["metamodel"]:.2f} FTE'), (f'cost with {"" if several else "the "}{trainings}', f'{fte["total"]:.2f} FTE'),
             ('training every config tried in full', f'{fte["all_configs_in_full"]:.2f} FTE'),

@@ -22,7 +22,7 @@ from .metamodel import PowerLawModel
 from .probe import FORWARDS_PER_TRAIN_SAMPLE
 from .space import SearchSpace, config_id
 from .table import card_space, read_table, table_records, validation_size
-from .visualization import COLOURS, LOWEST_SCORE, VIRIDIS, colour_bar, panels
+from .visualization import COLOURS, LOWEST_SCORE, VIRIDIS, colour_bar, legend_above, panels
 
 # %% auto #0
 __all__ = ['level_predictions', 'plot_level_predictions', 'probe_costs', 'level_choices', 'plot_level_choices', 'level_curves',
@@ -272,7 +272,7 @@ def plot_costs(
             axis.bar(places, stack[part], bottom=bottom, width=0.7, color=COLOURS[parts[part]], label='training and validation by epoch' if part == 'epochs' else part)
             bottom = bottom+stack[part].to_numpy()
         axis.set(xlabel='level', ylabel=f'{label} per probe')
-        axis.legend(fontsize=7, frameon=False, loc='upper left')
+        legend_above(axis, 3 if unit == 'fte' else 1)
     return figure
 
 # %% ../nbs/72a_table_figures.ipynb #71tablefigur021

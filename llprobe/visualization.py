@@ -20,9 +20,9 @@ COLOURS = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00',
 LOWEST_SCORE = -0.5 # Figures go no lower: R² has no lower end, and far below that of naming the mean its differences say nothing
 
 # %% auto #0
-__all__ = ['COLOURS', 'LOWEST_SCORE', 'VIRIDIS', 'quiet_axis', 'panel', 'panels', 'colour_bar', 'log_ticks', 'two_deviations',
-           'plot_levels', 'plot_responses', 'plot_curves', 'plot_predictions', 'plot_cost', 'plot_level_scores',
-           'plot_agreement', 'plot_recipes', 'save_figure']
+__all__ = ['COLOURS', 'LOWEST_SCORE', 'VIRIDIS', 'quiet_axis', 'panel', 'panels', 'legend_above', 'colour_bar', 'log_ticks',
+           'two_deviations', 'plot_levels', 'plot_responses', 'plot_curves', 'plot_predictions', 'plot_cost',
+           'plot_level_scores', 'plot_agreement', 'plot_recipes', 'save_figure']
 
 # %% ../nbs/70_visualization.ipynb #70visualizat005
 VIRIDIS = ListedColormap(colormaps['viridis'](np.linspace(0, 0.92, 256))) # its last yellow is hard to see on white
@@ -58,6 +58,13 @@ def panels(
         axis.tick_params(which='both', labelsize=7)
         for each in (axis.xaxis, axis.yaxis): each.label.set_size(8), each.offsetText.set_size(7)
     return figure, axes
+
+def legend_above(
+    axis: Axes,
+    n_columns: int = 1,
+) -> None:
+    "A legend over the panel, where it hides no data"
+    axis.legend(fontsize=7, frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=n_columns, borderaxespad=0.2)
 
 def colour_bar(
     figure: Figure,
@@ -159,6 +166,7 @@ def plot_curves(
     for config, rows in curves[curves['level'] == level].groupby('config_id'):
         axis.plot(rows['epoch'], rows['val_score'], **_line_style(config == best))
     axis.set(xlabel='epoch', ylabel=f'validation {METRICS[metric]} at level {level:g}')
+    axis.locator_params(axis='x', integer=True)
     _score_limits(axis, 'y', metric)
     if axis.get_legend_handles_labels()[0]: axis.legend(fontsize=7, frameon=False, loc='lower right')
     return figure
@@ -168,7 +176,7 @@ def plot_predictions(
     result: dict[str, Any], # Content of result.json
 ) -> Figure:
     "Every config's predicted full score beside its score at its highest level"
-    figure, axis = panel(4.5, max(2.0, 0.22*len(result['predictions'])+0.8))
+    figure, axis = panel(4.5, max(2.0, 0.22*len(result['predictions'])+1.1))
     table, key = pd.DataFrame(result['predictions']).iloc[::-1].reset_index(drop=True), score_key('val', result['metric'])
     axis.hlines(table.index, table[key], table['predicted'], color='#cccccc', lw=1)
     axis.plot(table[key], table.index, 'o', ms=4, color=COLOURS['grey'], label='seen at its highest level')
@@ -179,7 +187,7 @@ def plot_predictions(
     axis.set(xlabel=f'validation {METRICS[result["metric"]]}')
     if result['metric'] == 'accuracy': axis.set_xlim(-0.02, 1.02)
     _score_limits(axis, 'x', result['metric'])
-    axis.legend(fontsize=7, frameon=False)
+    legend_above(axis, 2)
     return figure
 
 # %% ../nbs/70_visualization.ipynb #70visualizat00f
@@ -187,14 +195,14 @@ def plot_cost(
     result: dict[str, Any], # Content of result.json
 ) -> Figure:
     "Cost in full-training equivalents: this study's parts, and training all configs in full"
-    figure, axis = panel(4.5, 1.6)
+    figure, axis = panel(4.5, 1.7)
     cost, left = result['cost']['fte'], 0.0
     for part, colour in (('probe', 'blue'), ('metamodel', 'red'), ('final', 'green')):
         axis.barh('llprobe', cost[part], left=left, color=COLOURS[colour], label=dict(probe='probes', final='full training').get(part, 'meta-model'))
         left += cost[part]
     axis.barh('all in full', cost['all_configs_in_full'], color='#bbbbbb')
     axis.set(xlabel='full-training equivalents')
-    axis.legend(fontsize=7, frameon=False, loc='lower right')
+    legend_above(axis, 3)
     return figure
 
 # %% ../nbs/70_visualization.ipynb #70visualizat011
@@ -221,9 +229,12 @@ def plot_agreement(
     stats = agreement.groupby('level')[['spearman', 'regret', 'fte']].agg(['mean', 'sem'])
     for axis, column, label in zip(figure.subplots(1, 2), ('spearman', 'regret'), ('rank correlation with top level', lost)):
         axis.errorbar(stats['fte']['mean'], stats[column]['mean'], stats[column]['sem'] if n_seeds > 1 else None, marker='o', color=COLOURS['blue'], capsize=3)
-        for level, row in stats.iterrows(): axis.annotate(f'{level:g}', (row['fte']['mean'], row[column]['mean']), xytext=(4, 4), textcoords='offset points', fontsize=7)
         axis.set(xlabel='cost of probing all configs (FTE)', ylabel=label)
         axis.spines[['top', 'right']].set_visible(False)
+        top = axis.secondary_xaxis('top')
+        top.set_ticks(list(stats['fte']['mean']), labels=[f'{level:g}' for level in stats.index])
+        top.set_xlabel('level', fontsize=8)
+        top.tick_params(labelsize=7)
     figure.suptitle(f'levels compared, {n_seeds} seed{"s"*(n_seeds > 1)}', fontsize=9)
     return figure
 
@@ -240,6 +251,7 @@ def plot_recipes(
         for i, (_, run) in enumerate(rows.groupby('seed')):
             axis.plot(run['epoch'], run['val_score'], color=colour, lw=1.4, label=None if i else f'{recipe}: test {tests.mean():.4f}{spread}')
     axis.set(xlabel='epoch', ylabel=f'validation {metric}')
+    axis.locator_params(axis='x', integer=True)
     axis.legend(fontsize=7, frameon=False, loc='lower right')
     return figure
 

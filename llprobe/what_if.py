@@ -92,7 +92,7 @@ def slice_chart(
     band = dict(mode='lines', line=dict(width=0), hoverinfo='skip', showlegend=False)
     traces = [
         go.Scatter(x=x, y=table['low'], **band), go.Scatter(x=x, y=table['high'], fill='tonexty', fillcolor='rgba(0,114,178,0.18)', **band),
-        go.Scatter(x=x, y=table['median'], mode='lines' if is_range else 'lines+markers', name='prediction, 90 %', line=dict(color=COLOURS['blue'])),
+        go.Scatter(x=x, y=table['median'], mode='lines' if is_range else 'lines+markers', name='by hyper-parameters alone, 90 %', line=dict(color=COLOURS['blue'])),
         go.Scatter(x=[v if is_range else str(v) for v, *_ in tried], y=[y for _, y, _ in tried], ids=[c for *_, c in tried], text=[c[:8] for *_, c in tried], mode='markers',
                    name='tried configs, from their own probes', marker=dict(size=6, color=COLOURS['grey'], opacity=0.7), hovertemplate='%{text}<br>%{x}<br>predicted %{y}<extra></extra>'),
         go.Scatter(x=here, y=[table['median'][x.index(here[0])]], mode='markers', showlegend=False, marker=dict(size=12, color=COLOURS['orange'], symbol='diamond'), hoverinfo='skip')]

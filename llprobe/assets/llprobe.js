@@ -35,7 +35,10 @@ const watchCharts = () => {
 // --- theme
 const isDark = () => getComputedStyle(root).colorScheme === 'dark' || (getComputedStyle(root).colorScheme !== 'light' && matchMedia('(prefers-color-scheme: dark)').matches)
 const watchTheme = () => {
-  const button = document.getElementById('theme'), label = () => button.setAttribute('aria-pressed', isDark())
+  const button = document.getElementById('theme'), label = () => {
+    button.textContent = isDark() ? 'Light' : 'Dark'
+    button.setAttribute('aria-label', `${button.textContent} theme`)
+  }
   label()
   button.addEventListener('click', () => { root.dataset.theme = isDark() ? 'light' : 'dark'; remember('llprobe-theme', root.dataset.theme); label(); redraw() })
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { label(); redraw() })

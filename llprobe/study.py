@@ -118,6 +118,7 @@ class Study:
     store: Store
     search: Search
     trackers: list[Any] = field(default_factory=list) # Each a `tracking.Tracker`
+    start: WarmStart|None = None # What other studies told it
 
     @property
     def paused(self) -> Path: # Of checkpoints
@@ -244,7 +245,7 @@ def open_study(
                        data_features=features, versions=versions(), metric=dataset.metric)
     if start: start.save(out)
     if settings.budget is None: store.add_configs(name, configs)
-    return Study(name, out, settings, split, data_path, store, search)
+    return Study(name, out, settings, split, data_path, store, search, start=start)
 
 # %% ../nbs/61_study.ipynb #61study014
 def _writable_folder(out: str|Path) -> Path:
@@ -423,6 +424,7 @@ def run_study(
 ) -> dict[str, Any]: # The content of result.json
     "Probe, predict, train the predicted best in full and test the best of them; run again to resume"
     with _driving(dataset, out, space, settings, name, n_workers, wait, progress, trackers) as (study, n):
+        if progress and study.start and not study.store.probes(study.name): print(study.start, file=sys.stderr)
         if progress and (said := _dear(study)): print(said, file=sys.stderr)
         trials = _probe_all(study, n, executor, progress)
         while trials:

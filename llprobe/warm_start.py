@@ -39,6 +39,8 @@ def _shared_space(space: SearchSpace, configs: Sequence[dict]) -> SearchSpace|No
         if 2*len(fit) >= len(configs) and any(name in c for c in fit): entries, shared, kept = more, wider, fit
     return shared if shared and shared.encoded_names else None
 
+def _tried(records: Sequence[dict]) -> dict[str, dict]: return {r['config_id']: r['config'] for r in records}
+
 def source_predictions(
     records: Sequence[dict], # Another study's probes, as `store.Store.probes` gives them
     space: SearchSpace, # Of the new study
@@ -46,9 +48,11 @@ def source_predictions(
     name: str = 'the source', # In the warning
 ) -> np.ndarray|None: # (n,) on a scale of ranks, higher is better; None, with a warning, from fewer than 4 configs
     "What each candidate would reach in full in the other study, by the hyper-parameters that both search"
-    shared = _shared_space(space, [r['config'] for r in records])
-    configs = [_within(shared, r['config']) for r in records] if shared else []
-    rows, configs = [r for r, c in zip(records, configs) if c], [c for c in configs if c]
+    tried = _tried(records)
+    shared = _shared_space(space, list(tried.values()))
+    within = {key: c for key, config in tried.items() if shared and (c := _within(shared, config))}
+    rows = [r for r in records if r['config_id'] in within]
+    configs = [within[r['config_id']] for r in rows]
     if (n := len({config_id(c) for c in configs})) < 4:
         warnings.warn(f'{name} tried {n} different configs of what it shares with this space, and 4 are needed to learn from it: it is left out')
         return None
@@ -162,7 +166,7 @@ def learn(
     found = [source for source in found if source]
     predictions = [source_predictions(records, space, candidates, f'the study of {study["dataset"]}') for study, records, *_ in found]
     prior = prior_exponents((pd.DataFrame(records), n, chance) for _, records, n, chance in found)
-    shared = [_shared_space(space, [r['config'] for r in records]) if p is not None else None for (_, records, *_), p in zip(found, predictions)]
+    shared = [_shared_space(space, list(_tried(records).values())) if p is not None else None for (_, records, *_), p in zip(found, predictions)]
     return WarmStart(identities, ids, [p.tolist() for p in predictions if p is not None], prior, [list(part.names) if part else [] for part in shared])
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart014

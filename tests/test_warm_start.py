@@ -137,5 +137,6 @@ def test_the_word_bundled_stands_for_the_tables_of_other_data(tmp_path):
     for _ in range(2):
         with open_study('digits', tmp_path, settings=settings, progress=False).store as store:
             assert [source['dataset'] for source in store.study('digits')['settings']['warm_start']] == ['cifar10-10k', 'mnist5k']
+    assert 'begins with what others have shown: cifar10-10k of batch_size, dropout' in str(open_study('digits', tmp_path, settings=settings, progress=False).start)
     predicted = np.array(json.loads((tmp_path/'warm-start.json').read_text())['predictions'])
     assert predicted.shape[0] == 2 and np.isfinite(predicted).all() and (predicted.std(1) > 0.1).all()

@@ -21,7 +21,7 @@ class InputError(ValueError):
 def _is_own(path: str) -> bool:
     "Is a file the user's?"
     others = [sysconfig.get_path('stdlib'), *([str(Path(__file__).parent)] if '__file__' in globals() else [])]
-    return not path.startswith('<') and not {'site-packages', 'dist-packages'} & set(Path(path).parts) and not any(Path(path).is_relative_to(other) for other in others)
+    return (not path.startswith('<') or path.startswith('<ipython')) and not {'site-packages', 'dist-packages'} & set(Path(path).parts) and not any(Path(path).is_relative_to(other) for other in others)
 
 def show_error(
     error: BaseException,

@@ -39,7 +39,18 @@ def _shared_space(space: SearchSpace, configs: Sequence[dict]) -> SearchSpace|No
         if 2*len(fit) >= len(configs) and any(name in c for c in fit): entries, shared, kept = more, wider, fit
     return shared if shared and shared.encoded_names else None
 
-def _tried(records: Sequence[dict]) -> dict[str, dict]: return {r['config_id']: r['config'] for r in records}
+def _told(records: Sequence[dict], space: SearchSpace, candidates: Sequence[dict], name: str) -> tuple[list[str], np.ndarray|None]: # The hyper-parameters it tells of; as `source_predictions`
+    "What a source says, and of what"
+    tried = {r['config_id']: r['config'] for r in records}
+    shared = _shared_space(space, list(tried.values()))
+    within = {key: c for key, config in tried.items() if shared and (c := _within(shared, config))}
+    if (n := len({config_id(c) for c in within.values()})) < 4:
+        warnings.warn(f'{name} tried {n} different configs of what it shares with this space, and 4 are needed to learn from it: it is left out')
+        return [], None
+    rows = [r for r in records if r['config_id'] in within]
+    scores = normal_quantiles(np.array([r['val_score'] if r['status'] in ('ok', 'paused') else np.nan for r in rows], float))
+    x = shared.encode([within[r['config_id']] for r in rows])
+    return list(shared.names), FidelityGP(x.shape[1]).fit(x, fidelities(rows), scores).predict(shared.encode([_within(shared, c) for c in candidates]), [1.0, 1.0])[0]
 
 def source_predictions(
     records: Sequence[dict], # Another study's probes, as `store.Store.probes` gives them
@@ -48,17 +59,7 @@ def source_predictions(
     name: str = 'the source', # In the warning
 ) -> np.ndarray|None: # (n,) on a scale of ranks, higher is better; None, with a warning, from fewer than 4 configs
     "What each candidate would reach in full in the other study, by the hyper-parameters that both search"
-    tried = _tried(records)
-    shared = _shared_space(space, list(tried.values()))
-    within = {key: c for key, config in tried.items() if shared and (c := _within(shared, config))}
-    rows = [r for r in records if r['config_id'] in within]
-    configs = [within[r['config_id']] for r in rows]
-    if (n := len({config_id(c) for c in configs})) < 4:
-        warnings.warn(f'{name} tried {n} different configs of what it shares with this space, and 4 are needed to learn from it: it is left out')
-        return None
-    scores = normal_quantiles(np.array([r['val_score'] if r['status'] in ('ok', 'paused') else np.nan for r in rows], float))
-    x = shared.encode(configs)
-    return FidelityGP(x.shape[1]).fit(x, fidelities(rows), scores).predict(shared.encode([_within(shared, c) for c in candidates]), [1.0, 1.0])[0]
+    return _told(records, space, candidates, name)[1]
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart00b
 def prior_exponents(
@@ -94,7 +95,7 @@ BUNDLED = 'bundled' # In the place of a folder
 
 def bundled_sources() -> list[Path]: # JSON files, as `table.bundle_table` writes them
     "What llprobe's own tables have shown"
-    return sorted(Path(str(files('llprobe')/'sources')).glob('*.json'))
+    return sorted((Path(str(files('llprobe'))).resolve()/'sources').glob('*.json')) # resolved, as `_read` compares them
 
 def _read_bundled(path: Path) -> tuple[dict, list[dict], int, float]: # Study, probes, validation samples, chance
     "What a table has shown, as if it were a study"
@@ -164,10 +165,9 @@ def learn(
     for folder, known in zip(folders, identities):
         if fingerprint and known['fingerprint'] == fingerprint: warnings.warn(f'{folder} is a study of the very same data: resuming it, or one bigger study, would do without a warm start')
     found = [source for source in found if source]
-    predictions = [source_predictions(records, space, candidates, f'the study of {study["dataset"]}') for study, records, *_ in found]
+    told = [_told(records, space, candidates, f'the study of {study["dataset"]}') for study, records, *_ in found]
     prior = prior_exponents((pd.DataFrame(records), n, chance) for _, records, n, chance in found)
-    shared = [_shared_space(space, list(_tried(records).values())) if p is not None else None for (_, records, *_), p in zip(found, predictions)]
-    return WarmStart(identities, ids, [p.tolist() for p in predictions if p is not None], prior, [list(part.names) if part else [] for part in shared])
+    return WarmStart(identities, ids, [p.tolist() for _, p in told if p is not None], prior, [names for names, _ in told])
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart014
 def warm_design(

@@ -8,6 +8,7 @@ import argparse, contextlib, importlib.metadata, os, re, sys, time, warnings
 from pathlib import Path
 from typing import Iterator, NoReturn, Sequence
 from .core import InputError, show_value
+from .execution import prepare_workers
 
 # %% auto #0
 __all__ = ['parser', 'run', 'status', 'report', 'datasets', 'explain', 'export', 'main']
@@ -129,6 +130,7 @@ def _space(args: argparse.Namespace):
 def run(args: argparse.Namespace) -> None:
     "Run or resume a study, and show what came out"
     _check_say(args)
+    if args.jobs != 1 and args.device != 'cuda': prepare_workers() # while this process imports as much
     from llprobe.study import run_study
     sys.path.insert(0, str(Path.cwd())) # a model of one's own may lie in this folder
     start, finished = time.perf_counter(), _finished(args.out)

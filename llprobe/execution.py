@@ -4,14 +4,15 @@
 
 # %% ../nbs/42_execution.ipynb #42execution003
 from __future__ import annotations
-import contextlib, ctypes, multiprocessing, os, signal, sys, warnings
+import contextlib, multiprocessing, os, signal, sys, threading, warnings
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from multiprocessing import connection, forkserver
 from typing import Any, Callable, Iterable, Iterator
 from fastcore.basics import patch
 from .progress import plain_warning
 
 # %% auto #0
-__all__ = ['environment_variables', 'process_pool', 'WorkerDied', 'Workers']
+__all__ = ['environment_variables', 'prepare_workers', 'process_pool', 'WorkerDied', 'Workers']
 
 # %% ../nbs/42_execution.ipynb #42execution005
 _THREAD_VARIABLES = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')
@@ -29,20 +30,43 @@ def environment_variables(
             if v is None: os.environ.pop(k, None)
             else: os.environ[k] = v
 
-def _start_worker(driver: int, plain_warnings: bool) -> None:
-    "Die with the driver, leave Ctrl-C to it, and show warnings as it does"
+def _end_with_driver() -> None:
+    "Wait for the driver's end"
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+def _start_worker(environment: dict[str, str], plain_warnings: bool) -> None:
+    "Have the driver's environment, leave Ctrl-C to it, end with it, and show warnings as it does"
+    os.environ.clear() # the fork server's is older
+    os.environ.update(environment)
     if plain_warnings: warnings.showwarning = plain_warning
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG
-    if os.getppid() != driver: os._exit(1) # it died before the kernel was asked
+    threading.Thread(target=_end_with_driver, daemon=True).start()
 
 # %% ../nbs/42_execution.ipynb #42execution006
+_ONE_THREAD = dict.fromkeys(_THREAD_VARIABLES, '1')
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    "Processes started in the block leave Ctrl-C to this one from their first moment on"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if threading.current_thread() is threading.main_thread() else None
+    try: yield
+    finally:
+        if before is not None: signal.signal(signal.SIGINT, before)
+
+def prepare_workers() -> None:
+    "Begin to import what workers need, beside this process; a second call does nothing"
+    if sys.platform != 'linux': return
+    multiprocessing.get_context('forkserver').set_forkserver_preload(['llprobe.population'])
+    with environment_variables(**_ONE_THREAD), _no_interrupt(): forkserver.ensure_running()
+
 def process_pool(
     n_workers: int, # Processes, each with one thread
 ) -> ProcessPoolExecutor:
-    "A pool of fresh processes for PyTorch on a CPU"
-    context = multiprocessing.get_context('spawn')
-    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), warnings.showwarning is plain_warning))
+    "A pool of processes for PyTorch on a CPU"
+    prepare_workers()
+    context = multiprocessing.get_context('forkserver' if sys.platform == 'linux' else 'spawn')
+    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(os.environ | _ONE_THREAD, warnings.showwarning is plain_warning))
 
 # %% ../nbs/42_execution.ipynb #42execution008
 def _failed(error: BaseException) -> Future:
@@ -53,7 +77,7 @@ def _failed(error: BaseException) -> Future:
 
 def _submit(pool: Executor, function: Callable, task: Any) -> Future:
     "Submit so that a process started now has one thread; never raises"
-    with environment_variables(**dict.fromkeys(_THREAD_VARIABLES, '1')):
+    with environment_variables(**_ONE_THREAD):
         try: return pool.submit(function, task)
         except BrokenExecutor as e: return _failed(e)
 

@@ -17,7 +17,7 @@ from .core import InputError, atomic_path, name_scores, plain, show_error, show_
 from .custom_training import check_training
 from .data import Dataset, Split, cached_file, load_dataset
 from .dataset_features import data_features
-from .execution import Workers
+from .execution import Workers, prepare_workers
 from .metamodel import PowerLawModel
 from .models import architecture_name, build_model, forward_flops, function_name
 from .optimization import resolve_config
@@ -395,12 +395,13 @@ def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: 
 
 # %% ../nbs/61_study.ipynb #61study01c
 @contextlib.contextmanager
-def _driving(dataset, out, space, settings: StudySettings, name, n_workers: int|None, wait: bool|float,
+def _driving(dataset, out, space, settings: StudySettings, name, n_workers: int|None, executor: Executor|None, wait: bool|float,
              progress: bool, trackers: Iterable[Any]) -> Iterator[tuple[Study, int]]:
     "An opened study of which this process is the only driver, and the number of workers"
     if n_workers is not None and n_workers < 1: raise InputError(f'jobs must be at least 1, got {n_workers}')
     n_workers = n_workers or default_workers(settings.probe.train.device)
     for function in (settings.probe.architecture, settings.probe.training): _check_importable(function, n_workers)
+    if n_workers > 1 and executor is None: prepare_workers() # while data and space are read
     study = open_study(dataset, out, space, settings, name, progress)
     with study.store as store, store.lock(study.name, wait):
         study.trackers.extend(trackers)
@@ -423,7 +424,7 @@ def run_study(
     trackers: Iterable[Any] = (), # Other places to log to, each a `tracking.Tracker`
 ) -> dict[str, Any]: # The content of result.json
     "Probe, predict, train the predicted best in full and test the best of them; run again to resume"
-    with _driving(dataset, out, space, settings, name, n_workers, wait, progress, trackers) as (study, n):
+    with _driving(dataset, out, space, settings, name, n_workers, executor, wait, progress, trackers) as (study, n):
         if progress and study.start and not study.store.probes(study.name): print(study.start, file=sys.stderr)
         if progress and (said := _dear(study)): print(said, file=sys.stderr)
         trials = _probe_all(study, n, executor, progress)
@@ -451,7 +452,7 @@ def run_probes(
     trackers: Iterable[Any] = (),
 ) -> dict[str, Any]: # JSON-ready: the study's facts, and what each probe reached and cost
     "Probe without training anything in full; run again to resume"
-    with _driving(dataset, out, space, settings, name, n_workers, wait, progress, trackers) as (study, n):
+    with _driving(dataset, out, space, settings, name, n_workers, executor, wait, progress, trackers) as (study, n):
         _probe_all(study, n, executor, progress)
         kept, metric = ('config_id', 'config', 'level', 'status', 'val_score', 'val_loss', 'seconds'), study.split.dataset.metric
         records = [r for r in study.search.records.values() if r['purpose'] == 'probe']

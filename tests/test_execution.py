@@ -4,13 +4,11 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
 
 from llprobe.execution import WorkerDied, Workers
-from llprobe.progress import plain_warning
 
 
 def square_or_die(x: int) -> int:
@@ -40,12 +38,27 @@ def test_workers_have_one_thread_and_the_driver_keeps_its_environment():
     assert os.environ.get('OMP_NUM_THREADS') == before
 
 
-def test_workers_show_warnings_as_their_driver_does(monkeypatch, capfd):
-    for form, shown in ((warnings.showwarning, 'UserWarning: a\nword'), (plain_warning, 'llprobe: a word\n')):
-        monkeypatch.setattr(warnings, 'showwarning', form)
+WARNING_DRIVER = '''
+import warnings
+from llprobe.execution import Workers
+from llprobe.progress import plain_warning
+if __name__ == '__main__':
+    if {plain}: warnings.showwarning = plain_warning
+    with Workers(2) as workers: list(workers.run(warnings.warn, ['a\\nword', 'a\\nword']))
+'''
+
+
+@pytest.mark.parametrize('plain, shown', [(False, 'UserWarning: a\nword'), (True, 'llprobe: a word\n')])
+def test_workers_show_warnings_as_their_driver_does(tmp_path, plain, shown):
+    (tmp_path/'driver.py').write_text(WARNING_DRIVER.format(plain=plain))
+    assert shown in subprocess.run([sys.executable, tmp_path/'driver.py'], check=True, capture_output=True, text=True).stderr
+
+
+def test_workers_know_what_the_environment_has_become(monkeypatch):
+    for value in ('before', 'after'): # the second pool's workers come from the process that began with the first
+        monkeypatch.setenv('LLPROBE_TEST', value)
         with Workers(2) as workers:
-            list(workers.run(warnings.warn, ['a\nword', 'a\nword']))
-        assert shown in capfd.readouterr().err
+            assert {r for _, r in workers.run(os.getenv, ['LLPROBE_TEST']*4)} == {value}
 
 
 DRIVER = '''
@@ -64,7 +77,6 @@ def write_pid_and_sleep(folder: str) -> None:
     time.sleep(600)
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux tells a child that its parent died')
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_its_driver(tmp_path, how):
     script, pids = tmp_path/'driver.py', tmp_path/'pids'

@@ -40,7 +40,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     p.add_argument('--levels', type=_number, nargs='+', default=[0.1, 0.2, 0.3, 0.4], help='fractions of the training data, in (0, 1]')
     p.add_argument('--configs', type=_whole, default=argparse.SUPPRESS, dest='n_configs', metavar='CONFIGS', help='without a budget: how many configs to try (default: 16)')
     p.add_argument('--budget', type=_number, help='full trainings to spend in all: search within it for what to probe next, instead of successive levels')
-    p.add_argument('--warm-start', type=Path, nargs='+', action='extend', default=[], metavar='FOLDER', help='folders of other studies, finished or begun, on other data, of any architecture: begin with what they learnt; the word bundled: with what llprobe has seen of digits, MNIST and CIFAR-10')
+    p.add_argument('--warm-start', type=Path, nargs='*', action='extend', default=argparse.SUPPRESS, metavar='FOLDER', help='folders of other studies, finished or begun, on other data, of any architecture: begin with what they learnt; the word bundled: with what llprobe has seen of digits, MNIST and CIFAR-10; without a folder with nothing (default: bundled, and nothing with a --design)')
     p.add_argument('--choose-levels', action='store_true', default=argparse.SUPPRESS, help='with a budget: a pilot of 8 configs chooses the level that the others begin at')
     p.add_argument('--pauses', type=_number, nargs='*', default=argparse.SUPPRESS, metavar='SHARE', help='with a budget: shares of the epochs after which a probe at the lowest level may pause, to be continued if it looks promising; without a number probes never pause (default: 0.33 0.67)')
     p.add_argument('--full', type=_whole, dest='n_full', metavar='N', help='configs to train in full, of which the best by validation is chosen and tested; by default 1, or a third of the budget')
@@ -55,7 +55,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
 
 def _add_options(p: argparse.ArgumentParser) -> None:
     "The rarer arguments of `llprobe run`"
-    p.add_argument('--design', default='sobol', help='how configs are drawn: sobol, random or grid')
+    p.add_argument('--design', default=argparse.SUPPRESS, help='how configs are drawn: sobol, random or grid (default: sobol)')
     p.add_argument('--strategy', default='stratified', help='which samples a level takes (see the sampler module)')
     p.add_argument('--schedule', default='one_cycle', help='of the learning rate: one_cycle, cosine or constant')
     p.add_argument('--augment', default='none', help='none, flip or flip_crop')
@@ -118,8 +118,9 @@ def _settings(args: argparse.Namespace):
     from llprobe.training import TrainSettings
     train = TrainSettings(n_epochs=args.epochs, schedule=args.schedule, augment=args.augment, device=args.device)
     probe = ProbeSettings(architecture=args.architecture, strategy=args.strategy, train=train, training=args.training)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in (*_WITHIN, *_WITHOUT)}
-    return StudySettings(tuple(args.levels), design=args.design, seed=args.seed, probe=probe, budget=args.budget, population=args.population, n_full=args.n_full, warm_start=tuple(args.warm_start), **given)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in (*_WITHIN, *_WITHOUT, 'design', 'warm_start')}
+    begin = dict() if 'design' in given else dict(warm_start=('bundled',)) # a design that was asked for is left as it is
+    return StudySettings(tuple(args.levels), seed=args.seed, probe=probe, budget=args.budget, population=args.population, n_full=args.n_full, **begin | given)
 
 def _space(args: argparse.Namespace):
     "The space that the arguments name; None leaves it to the architecture"

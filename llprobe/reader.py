@@ -213,12 +213,16 @@ def record(self: StudyReader,
     raise InputError(f'config {config} has no {purpose} at level {level:g} in the study {self.name!r}: choose one that was run')
 
 # %% ../nbs/75_reader.ipynb #75reader010
+@patch(as_prop=True)
+def warm_start(self: StudyReader) -> dict[str, Any]: # The fields of `warm_start.WarmStart`; empty without one
+    "What the study began with"
+    with contextlib.suppress(OSError, ValueError): return json.loads((self.folder/'warm-start.json').read_text())
+    return {}
+
 @patch
 def _prior(self: StudyReader) -> dict[str, Any]: # Options of the meta-model
     "What a warm start knew of exponents"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        if prior := json.loads((self.folder/'warm-start.json').read_text())['prior']: return dict(prior=tuple(prior))
-    return {}
+    return dict(prior=tuple(prior)) if (prior := self.warm_start.get('prior')) else {}
 
 @patch
 def _features(self: StudyReader, level: float) -> pd.DataFrame:

@@ -102,6 +102,11 @@ def _pauses(study: StudyReader) -> str: # Empty without a budget
     epochs = pause_epochs(study.n_epochs, s.get('pauses', ()))[:-1]
     return f'; pauses after {" and ".join(map(str, epochs))} of {study.n_epochs} epochs' if epochs else '; no pauses'
 
+def _sources(study: StudyReader) -> str:
+    "What a warm start began with"
+    sources = itertools.zip_longest(study.study['settings']['warm_start'], study.warm_start.get('shared', ()), fillvalue=())
+    return '; '.join(f'{w["dataset"]} (fingerprint {w["fingerprint"]}){" of " if names else ""}{", ".join(names)}' for w, names in sources)
+
 def _facts(study: StudyReader) -> list[tuple[str, str]]:
     "How a study was computed"
     s, probe = study.study, study.study['settings']['probe']
@@ -112,7 +117,7 @@ def _facts(study: StudyReader) -> list[tuple[str, str]]:
     if study.result:
         hardware = study.result['hardware']
         rows.append(('hardware', f'{hardware["name"]}, {hardware["cores"]} cores, {hardware["device"]}'))
-    if sources := s['settings'].get('warm_start'): rows.append(('warm start', ', '.join(f'{w["dataset"]} (fingerprint {w["fingerprint"]})' for w in sources)))
+    if s['settings'].get('warm_start'): rows.append(('warm start', _sources(study)))
     return rows
 
 # %% ../nbs/80_report.ipynb #80report00b

@@ -212,6 +212,7 @@ def _warm_candidates(space: SearchSpace, settings: StudySettings, out: Path, spl
     more = [] if settings.budget is not None else space.sample(space.count(settings.pool), settings.seed, settings.design)
     pool = list({config_id(c): c for c in [*configs, *more]}.values())
     start = learn(settings.warm_start, out, space, pool, split.dataset.fingerprint)
+    if not start.sources: return configs, None
     return (warm_design(start, pool, len(configs)) if settings.budget is None else pool), start
 
 # %% ../nbs/61_study.ipynb #61study012
@@ -235,7 +236,7 @@ def open_study(
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     configs, start = _warm_candidates(space, settings, out, split)
     _check_study(settings, space, configs, data_path)
-    if start: settings = replace(settings, warm_start=tuple(start.sources))
+    settings = replace(settings, warm_start=tuple(start.sources) if start else ())
     features, name = data_features(split, settings.seed), name or dataset.name
     search = _search(settings, space, configs, split, features, start)
     store = open_store(out/'study.db')

@@ -4,7 +4,7 @@
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart003
 from __future__ import annotations
-import json, warnings
+import functools, json, warnings
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -39,13 +39,20 @@ def _shared_space(space: SearchSpace, configs: Sequence[dict]) -> SearchSpace|No
         if 2*len(fit) >= len(configs) and any(name in c for c in fit): entries, shared, kept = more, wider, fit
     return shared if shared and shared.encoded_names else None
 
-def _told(records: Sequence[dict], space: SearchSpace, candidates: Sequence[dict], name: str) -> tuple[list[str], np.ndarray|None]: # The hyper-parameters it tells of; as `source_predictions`
-    "What a source says, and of what"
+_ENOUGH = 4 # Different configs, to learn from
+
+def _in_common(records: Sequence[dict], space: SearchSpace) -> tuple[SearchSpace|None, dict[str, dict], int]: # The part of the space, the configs by the ids that the source has for them, and how many differ
+    "What a source has tried of what it shares with a space"
     tried = {r['config_id']: r['config'] for r in records}
     shared = _shared_space(space, list(tried.values()))
     within = {key: c for key, config in tried.items() if shared and (c := _within(shared, config))}
-    if (n := len({config_id(c) for c in within.values()})) < 4:
-        warnings.warn(f'{name} tried {n} different configs of what it shares with this space, and 4 are needed to learn from it: it is left out')
+    return shared, within, len({config_id(c) for c in within.values()})
+
+def _told(records: Sequence[dict], space: SearchSpace, candidates: Sequence[dict], name: str) -> tuple[list[str], np.ndarray|None]: # The hyper-parameters it tells of; as `source_predictions`
+    "What a source says, and of what"
+    shared, within, n = _in_common(records, space)
+    if n < _ENOUGH:
+        warnings.warn(f'{name} tried {n} different configs of what it shares with this space, and {_ENOUGH} are needed to learn from it: it is left out')
         return [], None
     rows = [r for r in records if r['config_id'] in within]
     scores = normal_quantiles(np.array([r['val_score'] if r['status'] in ('ok', 'paused') else np.nan for r in rows], float))
@@ -97,6 +104,7 @@ def bundled_sources() -> list[Path]: # JSON files, as `table.bundle_table` write
     "What llprobe's own tables have shown"
     return sorted((Path(str(files('llprobe'))).resolve()/'sources').glob('*.json')) # resolved, as `_read` compares them
 
+@functools.cache
 def _read_bundled(path: Path) -> tuple[dict, list[dict], int, float]: # Study, probes, validation samples, chance
     "What a table has shown, as if it were a study"
     card = json.loads(path.read_text())
@@ -104,13 +112,18 @@ def _read_bundled(path: Path) -> tuple[dict, list[dict], int, float]: # Study, p
                for config, scores in zip(card['configs'], card['val_scores']) for level, score in zip(card['levels'], scores)]
     return card | dict(settings_digest=digest(card)), records, card['n_val'], card['chance']
 
+def _tells(path: Path, space: SearchSpace, fingerprint: str) -> bool:
+    "Does a table know enough of a space, from other data?"
+    study, records, *_ = _read_bundled(path)
+    return study['fingerprint'] != fingerprint and _in_common(records, space)[2] >= _ENOUGH
+
 def _expand(
     folders: Sequence[str|Path],
+    space: SearchSpace,
     fingerprint: str, # Of the new study's data
 ) -> list[str|Path]: # Each once
     "The files that `bundled` stands for, in its place"
-    def paths(folder: str|Path) -> list[str|Path]:
-        return [p for p in bundled_sources() if _read_bundled(p)[0]['fingerprint'] != fingerprint] if str(folder) == BUNDLED else [folder]
+    def paths(folder: str|Path) -> list[str|Path]: return [p for p in bundled_sources() if _tells(p, space, fingerprint)] if str(folder) == BUNDLED else [folder]
     return list(dict.fromkeys(path for folder in ([folders] if isinstance(folders, (str, Path)) else folders) for path in paths(folder)))
 
 # %% ../nbs/55_warm_start.ipynb #55warmstart011
@@ -154,7 +167,7 @@ def learn(
     fingerprint: str = '', # Of the new study's data
 ) -> WarmStart: # Raises `InputError` for a folder without a study, and for `out` itself
     "What other studies know of these candidates; what was stored, if it came from the same"
-    folders = _expand(folders, fingerprint)
+    folders = _expand(folders, space, fingerprint)
     stored, found = _stored(out), [_read(folder, out) for folder in folders]
     before = stored.sources if stored and len(stored.sources) == len(folders) else [None]*len(folders)
     for folder, source, known in zip(folders, found, before):

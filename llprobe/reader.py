@@ -239,7 +239,7 @@ def metamodel(self: StudyReader,
 @patch
 def ranking(self: StudyReader,
     level: float = 1.0, # Use probes up to this level
-) -> pd.DataFrame: # By config_id, best first and what crashed or diverged last: mean, std (score at level 1), level (the highest probed), exponent, val_score (NaN where none was seen), status
+) -> pd.DataFrame: # By config_id, best first: mean, std (score at level 1), level (the highest probed), exponent, val_score, status; what crashed or diverged is last and has NaN for scores
     "What each config would reach in full, as the meta-model sees it now"
     if level not in self._rankings: self._rankings[level] = self._rank(level)
     return self._rankings[level].copy()
@@ -253,7 +253,8 @@ def _rank(self: StudyReader, level: float) -> pd.DataFrame:
     table, seen = self.metamodel(level).predict(frame), frame.set_index(['config_id', 'level'])[['val_score', 'status']]
     table = table.join(seen.loc[list(zip(table.index, table['level']))].reset_index('level', drop=True))
     table['val_score'] = [math.nan if (score := seen_score(row)) is None else score for row in table.to_dict('records')]
-    return table.assign(failed=_failed(table)).sort_values(['failed', 'mean'], ascending=[True, False], kind='stable').drop(columns='failed')
+    table.loc[_failed(table), ['mean', 'std']] = math.nan
+    return table.sort_values('mean', ascending=False, kind='stable')
 
 def _failed(ranking: pd.DataFrame) -> pd.Series:
     "Which configs crashed or diverged at the highest level they were probed at"
@@ -394,7 +395,9 @@ def design(self: StudyReader) -> str:
 def headline(self: StudyReader) -> str:
     "The study in one sentence"
     spent, show = self.cost()['fte'].sum(), functools.partial(show_score, metric=self.metric)
-    done = f'reached {show(self.final["val_score"])}, tested {show(self.final["test_score"])}' if self.final and self.final['test_score'] is not None else 'finished without a test' if self.is_finished else 'not finished'
+    if self.final and seen_score(self.final) is None: done = f'the full training {self.final["status"]}'
+    elif self.final and self.final['test_score'] is not None: done = f'reached {show(self.final["val_score"])}, tested {show(self.final["test_score"])}'
+    else: done = 'finished without a test' if self.is_finished else 'not finished'
     return f'{self.design()}; {done}; {spent:.2f} full-training equivalents'
 
 @patch
@@ -404,7 +407,6 @@ def configs_frame(self: StudyReader,
     "What was tried, best prediction first"
     table = self.ranking(level).rename(columns=dict(mean='predicted', val_score='seen')).drop(columns='exponent')
     table = table[['predicted', 'std', 'seen', 'level', 'status']]
-    table.loc[_failed(table), ['predicted', 'std']] = math.nan
     values = pd.DataFrame([self.configs[c] for c in table.index], index=table.index)
     return table.join(values.rename(columns=lambda name: f'config_{name}' if name in table else name))
 

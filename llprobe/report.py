@@ -65,7 +65,7 @@ def _chart(figure: go.Figure, caption: str, wide: bool = False) -> dict[str, Any
 # %% ../nbs/80_report.ipynb #80report009
 def _predicted(study: StudyReader, config: str|None) -> tuple[float|None, float|None]: # Mean, deviation
     ranking = study.ranking()
-    return tuple(ranking.loc[config, ['mean', 'std']]) if config in ranking.index and seen_score(ranking.loc[config]) is not None else (None, None)
+    return tuple(ranking.loc[config, ['mean', 'std']]) if config in ranking.index else (None, None)
 
 _PREDICTED = 'predicted, ± one deviation'
 def _plus_minus(study: StudyReader, mean: float|None, std: float|None) -> str:
@@ -84,8 +84,9 @@ def _cost_text(study: StudyReader) -> str:
 
 def _study_cards(study: StudyReader) -> list[tuple[str, str]]:
     "The answer at a glance"
-    show, final = (lambda v: '–' if v is None or not math.isfinite(v) else _score(study)(v)), study.final or {}
-    return [(_PREDICTED, _plus_minus(study, *_predicted(study, study.best))), ('reached', show(final.get('val_score'))), ('tested, once', show(final.get('test_score'))),
+    show, final = (lambda v: '–' if v is None or not math.isfinite(v) else _score(study)(v)), study.final
+    reached, tested = (final and seen_score(final, f'{part}_score') for part in ('val', 'test'))
+    return [(_PREDICTED, _plus_minus(study, *_predicted(study, study.best))), ('reached', show(reached)), ('tested, once', show(tested)),
             ('cost, of all in full', _cost_text(study)), ('state', 'finished' if study.is_finished else 'not finished')]
 
 # %% ../nbs/80_report.ipynb #80report00a
@@ -127,8 +128,7 @@ def _config_rows(study: StudyReader) -> tuple[list[str], list[list[_Cell]], int|
     for config in (order := study.order):
         r = ranking.loc[config] if config in ranking.index else dict(mean=None, std=None, val_score=None, level=None, status='not probed') | paused.get(config, {})
         show, status = _score(study), f'paused {paused_after(r)}' if r['status'] == 'paused' else r['status']
-        mean, std = (None, None) if seen_score(r) is None else (r['mean'], r['std'])
-        rows.append([_Cell(config[:8], href=f'{config}.html', kind='id'), _number(mean, show), _number(std, show), _number(r['val_score'], show), _number(r['level']), _Cell(status, kind='brief'),
+        rows.append([_Cell(config[:8], href=f'{config}.html', kind='id'), _number(r['mean'], show), _number(r['std'], show), _number(r['val_score'], show), _number(r['level']), _Cell(status, kind='brief'),
                      *(_value(study.configs[config].get(n)) for n in names)])
     return ['config', f'predicted {METRICS[study.metric]}', '± one deviation', 'seen', 'at level', 'status', *names], rows, order.index(study.best) if study.best else None
 

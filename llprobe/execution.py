@@ -57,7 +57,7 @@ def _no_interrupt() -> Iterator[None]:
 def prepare_workers() -> None:
     "Begin to import what workers need, beside this process; a second call does nothing"
     if sys.platform != 'linux': return
-    multiprocessing.get_context('forkserver').set_forkserver_preload(['llprobe.population'])
+    multiprocessing.get_context('forkserver').set_forkserver_preload(['llprobe.population', 'torch._dynamo']) # PyTorch imports the latter with the first optimiser
     with environment_variables(**_ONE_THREAD), _no_interrupt(): forkserver.ensure_running()
 
 def process_pool(

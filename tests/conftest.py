@@ -1,9 +1,50 @@
-"What the browser tests share: a headless Chromium that can reach this machine only, and what it saw."
-import contextlib, json, os, shutil, signal, socket, subprocess, sys, time
+"What tests share: llprobe in a process of its own, and a headless Chromium that can reach this machine only, and what it saw."
+import contextlib, json, multiprocessing, os, shutil, signal, socket, subprocess, sys, tempfile, time
+from multiprocessing import forkserver
 from pathlib import Path
 import pytest
+from llprobe.execution import environment_variables
 
 def pytest_configure(config): config.addinivalue_line('markers', 'browser: drives Chromium; skipped unless chromium and chromedriver are installed')
+
+def pytest_sessionstart(session):
+    "Begin to import what `Command` and the workers of tests need: they are forked from a process that has"
+    if sys.platform != 'linux': return
+    multiprocessing.get_context('forkserver').set_forkserver_preload([*(f'llprobe.{module}' for module in ('population', 'cli', 'study', 'report', 'results', 'explain')), 'torch._dynamo'])
+    with environment_variables(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1'): forkserver.ensure_running()
+
+def _llprobe(arguments: list[str], output: Path, errors: Path) -> None:
+    "The command, in a new process"
+    for path, descriptor in ((output, 1), (errors, 2)): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from llprobe.cli import main
+    sys.exit(main(arguments))
+
+class Command:
+    "`llprobe` in a process of its own, as `subprocess.Popen` has it; it need not import anything first, which takes longer than most of what is tested"
+    def __init__(self, *arguments):
+        self.folder = Path(tempfile.mkdtemp(prefix='llprobe-test-'))
+        self.process = multiprocessing.get_context('forkserver').Process(target=_llprobe, args=([str(a) for a in arguments], self.folder/'stdout', self.folder/'stderr'))
+        self.process.start()
+
+    @property
+    def returncode(self) -> int|None: return self.process.exitcode
+    def poll(self) -> int|None: return self.process.exitcode
+    def send_signal(self, number: int) -> None: os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float|None = None) -> int:
+        self.process.join(seconds)
+        if self.process.exitcode is None: raise subprocess.TimeoutExpired('llprobe', seconds)
+        if self.folder.exists():
+            self.stdout, self.stderr = ((self.folder/name).read_text() for name in ('stdout', 'stderr'))
+            shutil.rmtree(self.folder)
+        return self.process.exitcode
+
+def llprobe(*arguments) -> Command: # Ended
+    "`llprobe` in a process of its own, as `subprocess.run` has it"
+    command = Command(*arguments)
+    command.wait()
+    return command
 
 @pytest.fixture(scope='session')
 def chromium():

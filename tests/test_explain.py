@@ -1,25 +1,17 @@
 "A finished study explained and exported from the command line."
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from conftest import llprobe
 from llprobe.explain import importance, interactions, why_chosen
 from llprobe.space import SearchSpace
 from llprobe.store import open_store
 
-LLPROBE = [sys.executable, '-m', 'llprobe.cli']
-
-
-def llprobe(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([*LLPROBE, *map(str, arguments)], capture_output=True, text=True)
-
-
 @pytest.fixture(scope='module')
 def study(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp('explain')/'study'
-    done = llprobe('run', '--levels', '0.1', '--configs', '12', '--epochs', '2', '--jobs', '1', '--quiet', '--out', out)
+    done = llprobe('run', '--architecture', 'mlp', '--levels', '0.1', '--configs', '12', '--epochs', '2', '--jobs', '1', '--quiet', '--out', out)
     assert done.returncode == 0, done.stderr
     return out
 

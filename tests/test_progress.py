@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from conftest import serving_lab
+from conftest import llprobe, serving_lab
 from nbformat.v4 import new_code_cell, new_notebook
 
 LOOP = '''
@@ -24,7 +24,7 @@ with progress_bar('level 0.1', 20, 'probes', interval=0.5) as bar:
 '''
 LINE = r'level 0\.1, \d+/20 probes, \d+%, best \d+\.\d%, \d+\.\d s so far, about \d s left'
 LAST = r'level 0\.1, 20/20 probes, 100%, best 50\.0%, took \d+\.\d s'
-STUDY = ['run', '--dataset', 'digits', '--levels', '0.1', '0.2', '--configs', '4', '--epochs', '2', '--jobs', '1']
+STUDY = ['run', '--dataset', 'digits', '--architecture', 'mlp', '--levels', '0.1', '0.2', '--configs', '4', '--epochs', '2', '--jobs', '1']
 
 
 def in_terminal(command: list, interrupt: bytes = b'', environment: dict = os.environ) -> str:
@@ -103,8 +103,9 @@ def test_papermill_gets_whole_lines(tmp_path):
 
 
 def test_a_study_says_what_it_found_and_what_it_cost(tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'llprobe.cli', *STUDY, '--out', tmp_path/'log'], capture_output=True, text=True, check=True)
-    said, *between, probes, final = done.stderr.splitlines()
+    done = llprobe(*STUDY, '--out', tmp_path/'log')
+    begins, said, *between, probes, final = done.stderr.splitlines()
+    assert re.match('begins with what others have shown: cifar10-10k of batch_size, .*; mnist5k of batch_size', begins)
     assert all(re.match(r'level 0\.[12], probes [1-5]/6 \(', line) for line in between)  # one every ten seconds: on a slow machine only
     cost = float(re.fullmatch(r'level 0\.2, probes 6/6 \(([\d.]+) of \1 FTE\), 100%, best [\d.]+%, took .* s', probes)[1])
     assert cost > 4*0.1+2*0.2

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from conftest import console_errors, foreign_requests
+from conftest import console_errors, foreign_requests, llprobe
 
 from llprobe.core import write_json
 from llprobe.data import from_arrays
@@ -344,7 +344,7 @@ def test_the_server_answers_this_machine_for_the_site_alone(running):
         for path in ('/../study.db', '/..%2fstudy.db', '/%2e%2e/%2e%2e/etc/passwd', '//etc/passwd', f'/{running}/study.db', '/assets/', '/digits/..%5c..%5cx'):
             assert raw_status(url, path) == 404, path
         port = url.rsplit(':', 1)[1].strip('/')
-        taken = subprocess.run([sys.executable, '-m', 'llprobe.cli', 'report', running, '--serve', '--port', port], capture_output=True, text=True)
+        taken = llprobe('report', running, '--serve', '--port', port)
         assert taken.returncode == 2 and 'choose another' in taken.stderr and taken.stderr.count('\n') == 1
     assert process.returncode == 130 and process.poll() is not None
 

@@ -19,6 +19,7 @@ from hypothesis import settings as settings_of_hypothesis
 from PIL import Image
 from sqlalchemy import create_engine, text
 
+from conftest import Command, llprobe
 from llprobe.batches import evaluate, task_loss
 from llprobe.checkpoint import load_checkpoint
 from llprobe.core import InputError
@@ -30,13 +31,13 @@ from llprobe.study import StudySettings, run_study
 from llprobe.training import TrainSettings
 
 LLPROBE = [sys.executable, '-m', 'llprobe.cli']
-STUDY = ['--dataset', 'digits', '--levels', '0.1', '0.2', '--configs', '8', '--epochs', '4', '--seed', '0', '--quiet']
+STUDY = ['--dataset', 'digits', '--architecture', 'mlp', '--levels', '0.1', '0.2', '--configs', '8', '--epochs', '4', '--seed', '0', '--quiet']
 DIABETES = ['--dataset', 'diabetes', '--levels', '0.2', '0.5', '--configs', '6', '--epochs', '10', '--seed', '0', '--quiet']
 DETERMINISTIC = ('best_config', 'best_config_id', 'predicted', 'predictions', 'settings')
 
 
-def run(out: Path, *more: str, arguments=STUDY) -> subprocess.CompletedProcess:
-    return subprocess.run([*LLPROBE, 'run', *arguments, '--out', str(out), *more], capture_output=True, text=True)
+def run(out: Path, *more: str, arguments=STUDY) -> Command:
+    return llprobe('run', *arguments, '--out', out, *more)
 
 
 def result(out: Path) -> dict:
@@ -69,7 +70,7 @@ def records(out: Path) -> dict[tuple, dict]:
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp('study')/'uninterrupted'
-    done = run(out, '--jobs', '2')
+    done = subprocess.run([*LLPROBE, 'run', *STUDY, '--out', str(out), '--jobs', '2'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -109,7 +110,7 @@ def test_one_worker_gives_the_same_predictions_as_two(uninterrupted, tmp_path):
 @pytest.mark.parametrize('kill_after', [1, 9])
 def test_killed_and_resumed_is_as_uninterrupted(uninterrupted, tmp_path, kill_after):
     out = tmp_path/'killed'
-    driver = subprocess.Popen([*LLPROBE, 'run', *STUDY, '--out', str(out), '--jobs', '2'], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    driver = Command('run', *STUDY, '--out', out, '--jobs', '2')
     end = time.monotonic()+120
     while len(finished(out)) < kill_after and driver.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
@@ -117,7 +118,7 @@ def test_killed_and_resumed_is_as_uninterrupted(uninterrupted, tmp_path, kill_af
     driver.wait()
     before = finished(out)
     assert len(before) >= kill_after
-    again = run(out, '--jobs', '2')
+    again = run(out, '--jobs', '2') # the full training has as many threads as there are jobs
     assert again.returncode == 0, again.stderr
     after = finished(out)
     assert {i: after[i] for i in before} == before, 'a finished probe was done again'
@@ -126,12 +127,12 @@ def test_killed_and_resumed_is_as_uninterrupted(uninterrupted, tmp_path, kill_af
 
 
 def test_a_search_with_pauses_killed_thrice_is_as_uninterrupted(tmp_path):
-    within = ['--dataset', 'digits', '--levels', '0.1', '0.3', '--budget', '4', '--full', '2', '--epochs', '4', '--quiet', '--jobs', '2']
+    within = ['--dataset', 'digits', '--architecture', 'mlp', '--levels', '0.1', '0.3', '--budget', '4', '--full', '2', '--epochs', '4', '--quiet', '--jobs', '2']
     whole, killed = tmp_path/'whole', tmp_path/'killed'
     assert run(whole, arguments=within).returncode == 0
     n_probes = sum(purpose == 'probe' for _, _, purpose in records(whole))
     for kill_after in (3, 12, n_probes+1):  # the last time beside a full training that has ended
-        driver = subprocess.Popen([*LLPROBE, 'run', *within, '--out', str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        driver = Command('run', *within, '--out', killed)
         end = time.monotonic()+120
         while len(finished(killed)) < kill_after and driver.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
@@ -149,7 +150,7 @@ def test_a_full_training_killed_half_way_goes_on_from_its_last_epoch(tmp_path):
     whole, killed = tmp_path/'whole', tmp_path/'killed'
     assert run(whole, arguments=short).returncode == 0
     assert not (whole/'full-trainings').exists()  # it has done its work
-    driver = subprocess.Popen([*LLPROBE, 'run', *short, '--out', str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    driver = Command('run', *short, '--out', killed)
     end = time.monotonic()+120
     while not (found := list((killed/'full-trainings').glob('[!.]*.safetensors'))) and driver.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
@@ -189,7 +190,7 @@ def test_a_second_driver_is_told_who_drives_or_waits(tmp_path):
         with store.lock('digits'):  # this process is the first driver
             second = run(out, '--jobs', '1')
             assert second.returncode == 2 and str(os.getpid()) in second.stderr and 'Traceback' not in second.stderr
-            waiting = subprocess.Popen([*LLPROBE, 'run', *STUDY, '--out', str(out), '--jobs', '1', '--wait'], stdout=subprocess.DEVNULL)
+            waiting = Command('run', *STUDY, '--out', out, '--jobs', '1', '--wait')
             with pytest.raises(subprocess.TimeoutExpired):
                 waiting.wait(8)
             assert not finished(out)
@@ -381,7 +382,7 @@ def test_a_regression_runs_end_to_end(regression):
     assert 0.2 < values['reached']['test_r2'] < 0.8
     page = ''.join(p.read_text() for p in (regression/'report').rglob('*.html'))
     assert 'validation R²' in page and 'accuracy' not in page
-    status = subprocess.run([*LLPROBE, 'status', str(regression)], capture_output=True, text=True)
+    status = llprobe('status', regression)
     assert status.returncode == 0 and 'best R²' in status.stdout and f'{values["reached"]["val_r2"]:.3f}' in status.stdout
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from conftest import llprobe
 from llprobe.core import InputError
 from llprobe.probe import ProbeSettings
 from llprobe.space import SearchSpace, config_id
@@ -253,10 +254,9 @@ def test_nothing_is_sent_and_nothing_is_said(tmp_path, tracked):
 
 def test_the_command_line(tmp_path):
     arguments = ['--dataset', 'digits', '--levels', '0.2', '--configs', '2', '--epochs', '1', '--jobs', '1', '--quiet', '--out', tmp_path/'study']
-    llprobe = [sys.executable, '-m', 'llprobe.cli']
     places = ['--track', f'mlflow:sqlite:///{tmp_path}/mlflow.db', '--track', f'tensorboard:{tmp_path}/board']
-    done = subprocess.run([*llprobe, 'run', *arguments, *places], capture_output=True, text=True)
+    done = llprobe('run', *arguments, *places)
     assert (done.returncode, done.stderr) == (0, '')
-    again = subprocess.run([*llprobe, 'export', tmp_path/'study', '--mlflow', f'sqlite:///{tmp_path}/mlflow.db', '--tensorboard', tmp_path/'board'], capture_output=True, text=True)
+    again = llprobe('export', tmp_path/'study', '--mlflow', f'sqlite:///{tmp_path}/mlflow.db', '--tensorboard', tmp_path/'board')
     assert (again.returncode, again.stderr) == (0, '') and again.stdout.count('digits: 3 probes logged to ') == again.stdout.count(', 0 of them new\n') == 2
     assert len(runs_of(f'sqlite:///{tmp_path}/mlflow.db')[1]) == 3 and len(boards(tmp_path/'board')) == 4

@@ -127,7 +127,7 @@ def test_refusals_are_one_sentence(source, tmp_path, capsys):
     kept = (out/'warm-start.json').read_text()
     with pytest.warns(UserWarning, match='wine tried 0 different configs'), pytest.raises(InputError, match='begun with warm_start .*wine'):
         open_study('digits', out, settings=replace(SMALL, warm_start=(other,)), progress=False)
-    assert 'now unset' in refused(capsys, '--out', out)
+    assert 'now unset' in refused(capsys, '--out', out, '--warm-start')
     assert (out/'warm-start.json').read_text() == kept
 
 
@@ -140,3 +140,16 @@ def test_the_word_bundled_stands_for_the_tables_of_other_data(tmp_path):
     assert 'begins with what others have shown: cifar10-10k of batch_size, dropout' in str(open_study('digits', tmp_path, settings=settings, progress=False).start)
     predicted = np.array(json.loads((tmp_path/'warm-start.json').read_text())['predictions'])
     assert predicted.shape[0] == 2 and np.isfinite(predicted).all() and (predicted.std(1) > 0.1).all()
+
+
+def test_the_command_begins_with_the_tables_unless_told_otherwise(tmp_path):
+    from llprobe.cli import _settings, parser
+    def warm_start(*arguments): return _settings(parser().parse_args(['run', *arguments])).warm_start
+    assert warm_start() == warm_start('--budget', '4') == ('bundled',)
+    assert warm_start('--warm-start') == warm_start('--design', 'sobol') == ()
+    assert warm_start('--warm-start', 'a', '--warm-start', 'b', 'bundled') == (Path('a'), Path('b'), Path('bundled'))
+    unknown = SearchSpace('mlp', dict(width=[10, 20], label_smoothing=dict(low=0.0, high=0.2)))  # to all tables
+    for settings in (SMALL, BUDGET):
+        first, second = (open_study('wine', tmp_path/f'{settings.budget}-{len(w)}', unknown, replace(settings, warm_start=w), progress=False) for w in ((), ('bundled',)))
+        assert first.settings.to_dict() == second.settings.to_dict() and second.start is None
+        assert list(first.search.configs) == list(second.search.configs)

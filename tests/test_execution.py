@@ -43,15 +43,17 @@ import warnings
 from llprobe.execution import Workers
 from llprobe.progress import plain_warning
 if __name__ == '__main__':
-    if {plain}: warnings.showwarning = plain_warning
-    with Workers(2) as workers: list(workers.run(warnings.warn, ['a\\nword', 'a\\nword']))
+    for form in (warnings.showwarning, plain_warning):
+        warnings.showwarning = form
+        with Workers(2) as workers: list(workers.run(warnings.warn, ['a\\nword']*2))
 '''
 
 
-@pytest.mark.parametrize('plain, shown', [(False, 'UserWarning: a\nword'), (True, 'llprobe: a word\n')])
-def test_workers_show_warnings_as_their_driver_does(tmp_path, plain, shown):
-    (tmp_path/'driver.py').write_text(WARNING_DRIVER.format(plain=plain))
-    assert shown in subprocess.run([sys.executable, tmp_path/'driver.py'], check=True, capture_output=True, text=True).stderr
+def test_workers_show_warnings_as_their_driver_does(tmp_path):
+    (tmp_path/'driver.py').write_text(WARNING_DRIVER)
+    said = subprocess.run([sys.executable, tmp_path/'driver.py'], check=True, capture_output=True, text=True).stderr
+    first, second = said.split('llprobe: ', 1)
+    assert 'UserWarning: a\nword' in first and second.startswith('a word\n') and 'UserWarning' not in second
 
 
 def test_workers_know_what_the_environment_has_become(monkeypatch):

@@ -127,12 +127,12 @@ def test_killed_and_resumed_is_as_uninterrupted(uninterrupted, tmp_path, kill_af
 
 
 def test_a_search_with_pauses_killed_thrice_is_as_uninterrupted(tmp_path):
-    within = ['--dataset', 'digits', '--architecture', 'mlp', '--levels', '0.1', '0.3', '--budget', '4', '--full', '2', '--epochs', '4', '--quiet', '--jobs', '2']
+    within = ['--dataset', 'digits', '--architecture', 'mlp', '--levels', '0.1', '0.3', '--budget', '4', '--full', '2', '--epochs', '4', '--quiet']
     whole, killed = tmp_path/'whole', tmp_path/'killed'
-    assert run(whole, arguments=within).returncode == 0
+    assert run(whole, '--jobs', '1', arguments=within).returncode == 0
     n_probes = sum(purpose == 'probe' for _, _, purpose in records(whole))
     for kill_after in (3, 12, n_probes+1):  # the last time beside a full training that has ended
-        driver = Command('run', *within, '--out', killed)
+        driver = Command('run', *within, '--out', killed, '--jobs', '2')
         end = time.monotonic()+120
         while len(finished(killed)) < kill_after and driver.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
@@ -140,7 +140,7 @@ def test_a_search_with_pauses_killed_thrice_is_as_uninterrupted(tmp_path):
         driver.wait()
         assert kill_after <= len(finished(killed)) and not (killed/'result.json').exists()
         assert list((killed/('full-trainings' if kill_after > n_probes else 'paused')).glob('*.safetensors'))
-    assert run(killed, arguments=within).returncode == 0
+    assert run(killed, '--jobs', '1', arguments=within).returncode == 0
     assert records(killed) == records(whole) and {r['status'] for r in records(whole).values()} >= {'ok', 'paused'}
     assert result(killed) == result(whole) and not (killed/'paused').exists() and not (killed/'full-trainings').exists()
 

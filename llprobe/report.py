@@ -106,7 +106,7 @@ def _pauses(study: StudyReader) -> str: # Empty without a budget
 def _sources(study: StudyReader) -> str:
     "What a warm start began with"
     sources = itertools.zip_longest(study.study['settings']['warm_start'], study.warm_start.get('shared', ()), fillvalue=())
-    return '; '.join(f'{w["dataset"]} (fingerprint {w["fingerprint"]}){" of " if names else ""}{", ".join(names)}' for w, names in sources)
+    return '; '.join(f'{w["dataset"]} (fingerprint {w["fingerprint"]}){" told of " if names else ""}{", ".join(names)}' for w, names in sources)
 
 def _facts(study: StudyReader) -> list[tuple[str, str]]:
     "How a study was computed"

@@ -54,18 +54,20 @@ def _no_interrupt() -> Iterator[None]:
     finally:
         if before is not None: signal.signal(signal.SIGINT, before)
 
-def prepare_workers() -> None:
+def prepare_workers() -> bool: # Will they be forked? If not, each imports for itself
     "Begin to import what workers need, beside this process; a second call does nothing"
-    if sys.platform != 'linux': return
+    if sys.platform != 'linux': return False
     multiprocessing.get_context('forkserver').set_forkserver_preload(['llprobe.population', 'torch._dynamo']) # PyTorch imports the latter with the first optimiser
-    with environment_variables(**_ONE_THREAD), _no_interrupt(): forkserver.ensure_running()
+    try:
+        with environment_variables(**_ONE_THREAD), _no_interrupt(): forkserver.ensure_running()
+    except OSError: return False # such as a temporary folder whose path is too long for a socket
+    return True
 
 def process_pool(
     n_workers: int, # Processes, each with one thread
 ) -> ProcessPoolExecutor:
     "A pool of processes for PyTorch on a CPU"
-    prepare_workers()
-    context = multiprocessing.get_context('forkserver' if sys.platform == 'linux' else 'spawn')
+    context = multiprocessing.get_context('forkserver' if prepare_workers() else 'spawn')
     return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(os.environ | _ONE_THREAD, warnings.showwarning is plain_warning))
 
 # %% ../nbs/42_execution.ipynb #42execution008

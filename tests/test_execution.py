@@ -56,6 +56,22 @@ def test_workers_show_warnings_as_their_driver_does(tmp_path):
     assert 'UserWarning: a\nword' in first and second.startswith('a word\n') and 'UserWarning: a' not in second
 
 
+LONG_PATH_DRIVER = '''
+from llprobe.execution import Workers, prepare_workers
+if __name__ == '__main__':
+    with Workers(2) as workers: print(prepare_workers(), sorted(result for _, result in workers.run(abs, [-1, -2, -3])))
+'''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='workers are forked on Linux only')
+def test_workers_start_where_no_socket_can_be(tmp_path):
+    (tmp_path/'driver.py').write_text(LONG_PATH_DRIVER)
+    folder = tmp_path/('x'*100)
+    folder.mkdir()
+    done = subprocess.run([sys.executable, tmp_path/'driver.py'], env=dict(os.environ, TMPDIR=str(folder)), check=True, capture_output=True, text=True)
+    assert done.stdout == 'False [1, 2, 3]\n'
+
+
 def test_workers_know_what_the_environment_has_become(monkeypatch):
     for value in ('before', 'after'): # the second pool's workers come from the process that began with the first
         monkeypatch.setenv('LLPROBE_TEST', value)

@@ -54,10 +54,12 @@ def _no_interrupt() -> Iterator[None]:
     finally:
         if before is not None: signal.signal(signal.SIGINT, before)
 
-def prepare_workers() -> bool: # Will they be forked? If not, each imports for itself
+def prepare_workers(
+    *more: str, # Other modules that they need
+) -> bool: # Will they be forked? If not, each imports for itself
     "Begin to import what workers need, beside this process; a second call does nothing"
     if sys.platform != 'linux': return False
-    multiprocessing.get_context('forkserver').set_forkserver_preload(['llprobe.population', 'torch._dynamo']) # PyTorch imports the latter with the first optimiser
+    multiprocessing.get_context('forkserver').set_forkserver_preload(['llprobe.population', 'torch._dynamo', *more]) # PyTorch imports the latter with the first optimiser
     try:
         with environment_variables(**_ONE_THREAD), _no_interrupt(): forkserver.ensure_running()
     except OSError: return False # such as a temporary folder whose path is too long for a socket

@@ -1,17 +1,14 @@
 "What tests share: llprobe in a process of its own, and a headless Chromium that can reach this machine only, and what it saw."
 import contextlib, json, multiprocessing, os, shutil, signal, socket, subprocess, sys, tempfile, time
-from multiprocessing import forkserver
 from pathlib import Path
 import pytest
-from llprobe.execution import environment_variables
+from llprobe.execution import prepare_workers
 
 def pytest_configure(config): config.addinivalue_line('markers', 'browser: drives Chromium; skipped unless chromium and chromedriver are installed')
 
 def pytest_sessionstart(session):
     "Begin to import what `Command` and the workers of tests need: they are forked from a process that has"
-    if sys.platform != 'linux': return
-    multiprocessing.get_context('forkserver').set_forkserver_preload([*(f'llprobe.{module}' for module in ('population', 'cli', 'study', 'report', 'results', 'explain')), 'torch._dynamo'])
-    with environment_variables(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1'): forkserver.ensure_running()
+    prepare_workers(*(f'llprobe.{module}' for module in ('cli', 'study', 'report', 'results', 'explain')))
 
 def _llprobe(arguments: list[str], output: Path, errors: Path) -> None:
     "The command, in a new process"

@@ -104,6 +104,7 @@ def test_papermill_gets_whole_lines(tmp_path):
 
 def test_a_study_says_what_it_found_and_what_it_cost(tmp_path):
     done = llprobe(*STUDY, '--out', tmp_path/'log')
+    assert done.returncode == 0, done.stderr
     begins, said, *between, probes, final = done.stderr.splitlines()
     assert re.match('begins with what others have shown: cifar10-10k of batch_size, .*; mnist5k of batch_size', begins)
     assert all(re.match(r'level 0\.[12], probes [1-5]/6 \(', line) for line in between)  # one every ten seconds: on a slow machine only

@@ -79,7 +79,7 @@ def test_named_level_works(y, level, seed, strategy):
     if smaller > 0:
         with pytest.raises(InputError): sample_level(y, smaller, strategy, seed)
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(targets, seed, level, level, st.sampled_from(STRATEGIES))
 def test_regression_levels_nest_and_are_stratified(y, seed, low, high, strategy):
     low, high = sorted((low, high))

@@ -4,7 +4,7 @@
 
 # %% ../nbs/42_execution.ipynb #42execution003
 from __future__ import annotations
-import contextlib, multiprocessing, os, signal, sys, threading, warnings
+import atexit, contextlib, multiprocessing, os, signal, sys, threading, warnings
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from multiprocessing import connection, forkserver
 from typing import Any, Callable, Iterable, Iterator
@@ -54,6 +54,12 @@ def _no_interrupt() -> Iterator[None]:
     finally:
         if before is not None: signal.signal(signal.SIGINT, before)
 
+def _end_fork_server() -> None:
+    "One that is still importing would hold this process's pipes open until it has"
+    pid = getattr(forkserver._forkserver, '_forkserver_pid', None)
+    if pid:
+        with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGTERM)
+
 def prepare_workers(
     *more: str, # Other modules that they need
 ) -> bool: # Will they be forked? If not, each imports for itself
@@ -63,6 +69,8 @@ def prepare_workers(
     try:
         with environment_variables(**_ONE_THREAD), _no_interrupt(): forkserver.ensure_running()
     except OSError: return False # such as a temporary folder whose path is too long for a socket
+    atexit.unregister(_end_fork_server)
+    atexit.register(_end_fork_server)
     return True
 
 def process_pool(

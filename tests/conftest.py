@@ -8,7 +8,8 @@ def pytest_configure(config): config.addinivalue_line('markers', 'browser: drive
 
 def pytest_sessionstart(session):
     "Begin to import what `Command` and the workers of tests need: they are forked from a process that has"
-    prepare_workers(*(f'llprobe.{module}' for module in ('cli', 'study', 'report', 'results', 'explain')))
+    if hasattr(session.config, 'workerinput') or not session.config.getoption('numprocesses', None): # where tests run
+        prepare_workers(*(f'llprobe.{module}' for module in ('cli', 'study', 'report', 'results', 'explain')))
 
 def _llprobe(arguments: list[str], output: Path, errors: Path) -> None:
     "The command, in a new process"
@@ -43,9 +44,9 @@ def llprobe(*arguments) -> Command: # Ended
     command.wait()
     return command
 
-@pytest.fixture(scope='session')
-def chromium():
-    "The browser of all tests"
+@pytest.fixture
+def driver():
+    "A browser of the test's own: whatever a page of another test left behind, and however it hangs, ends with it"
     binary, chromedriver = shutil.which('chromium'), shutil.which('chromedriver')
     if not (binary and chromedriver): pytest.skip('needs chromium and chromedriver: make test-browser installs them')
     from selenium import webdriver
@@ -57,14 +58,6 @@ def chromium():
     browser = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
     yield browser
     browser.quit()
-
-@pytest.fixture
-def driver(chromium):
-    "The browser with an empty page, and nothing left from the last test"
-    chromium.get('about:blank')
-    for name in ('browser', 'performance'): chromium.get_log(name)
-    yield chromium
-    chromium.get('about:blank') # a page must not outlive its server
 
 def foreign_requests(driver) -> list[str]: # Since the last call
     "Addresses outside of this machine that pages asked for"

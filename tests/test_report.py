@@ -155,6 +155,12 @@ def find(driver, selector: str) -> list:
     return driver.find_elements('css selector', selector)
 
 
+def visit(driver, page: Path) -> None:
+    "Open a page of a site; on a busy machine `get` comes back before it has taken the place of the one before"
+    driver.get(page.as_uri())
+    wait(driver, lambda d: find(d, 'h1'))
+
+
 def prefer(driver, scheme: str, width: int = 1300) -> None:
     "What the visitor's system says"
     driver.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value=scheme)]))
@@ -186,7 +192,7 @@ def draw_all(driver) -> list:
 
 @pytest.mark.browser
 def test_from_the_disk_tables_sort_and_filter_and_charts_are_drawn(browser, site):
-    browser.get((site/'index.html').as_uri())
+    visit(browser, site/'index.html')
     [link] = [a for a in find(browser, '#studies td a') if a.text == 'digits']
     link.click()
     wait(browser, lambda d: d.title.startswith('digits'))
@@ -211,7 +217,7 @@ def test_from_the_disk_tables_sort_and_filter_and_charts_are_drawn(browser, site
 def test_colours_follow_the_system_and_the_button_which_is_remembered(browser, site):
     def colours(d):
         return d.execute_script('return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector(".xtick text")).fill]')
-    browser.get((site/'digits'/'index.html').as_uri())
+    visit(browser, site/'digits'/'index.html')
     draw_all(browser)
     light = colours(browser)
     prefer(browser, 'dark')
@@ -220,7 +226,7 @@ def test_colours_follow_the_system_and_the_button_which_is_remembered(browser, s
     assert find(browser, '#theme')[0].text == 'Light' # what a click brings
     find(browser, '#theme')[0].click()
     wait(browser, lambda d: colours(d) == light)
-    browser.get((site/'compare.html').as_uri())
+    visit(browser, site/'compare.html')
     draw_all(browser)
     assert colours(browser)[0] == light[0] and find(browser, '#theme')[0].text == 'Dark'
     assert dark[0] != light[0]
@@ -232,7 +238,7 @@ def test_hostile_names_do_not_run(browser, site, folders):
     study = read_study(folders[1])
     [name] = [p.name for p in site.iterdir() if p.is_dir() and p.name not in ('assets', 'digits')]
     for page, heading in (('index.html', 'Studies'), ('compare.html', 'Studies compared'), (f'{name}/index.html', HOSTILE), (f'{name}/{study.best}.html', f'Config {study.best[:8]} chosen')):
-        browser.get((site/page).as_uri())
+        visit(browser, site/page)
         assert find(browser, 'h1')[0].text == heading
         draw_all(browser)
         assert browser.execute_script('return typeof hacked') == 'undefined'
@@ -248,7 +254,7 @@ def test_hostile_names_do_not_run(browser, site, folders):
 def test_the_keyboard_reaches_the_content_and_sorts(browser, site):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
-    browser.get((site/'index.html').as_uri())
+    visit(browser, site/'index.html')
     def press(key): ActionChains(browser).send_keys(key).perform()
     press(Keys.TAB)
     assert browser.switch_to.active_element.get_attribute('class') == 'skip'
@@ -266,7 +272,7 @@ def test_the_keyboard_reaches_the_content_and_sorts(browser, site):
 
 @pytest.mark.browser
 def test_the_table_of_studies_fits_a_desk(browser, site):
-    browser.get((site/'index.html').as_uri())
+    visit(browser, site/'index.html')
     assert browser.execute_script('const t = document.querySelector(".scroll"); return t.scrollWidth-t.clientWidth') == 0
 
 
@@ -275,7 +281,7 @@ def test_no_page_is_wider_than_a_telephone(browser, site, folders):
     prefer(browser, 'light', 400)
     [name] = [p.name for p in site.iterdir() if p.is_dir() and p.name not in ('assets', 'digits')]
     for page in ('index.html', 'compare.html', 'digits/index.html', f'{name}/index.html', *(f'{f}/{read_study(s).best}.html' for f, s in zip(('digits', name), folders))):
-        browser.get((site/page).as_uri())
+        visit(browser, site/page)
         draw_all(browser)
         assert browser.execute_script('return document.documentElement.scrollWidth') <= 400, page
 

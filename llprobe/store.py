@@ -324,13 +324,14 @@ def configs(self: Store, study: int|str) -> list[dict[str, Any]]: # Hyper-parame
 # %% ../nbs/41_store.ipynb #41store02a
 def _make_room(connection: sa.Connection, same: list, row: dict, n_epochs: int) -> bool: # Whether the probe may be inserted
     "Delete the record of a probe that was paused and went on, or of a full training that is tested now"
-    known = connection.execute(sa.select(PROBE.c.id, PROBE.c.status, PROBE.c.purpose, PROBE.c.test_score).where(*same)).first()
+    known = connection.execute(sa.select(PROBE.c.id, PROBE.c.status, PROBE.c.purpose, PROBE.c.test_score, PROBE.c.nan).where(*same)).mappings().first()
     if known is None: return True
-    before = connection.scalar(sa.select(sa.func.count()).select_from(CURVE).where(CURVE.c.probe_id == known.id))
-    went_on = known.status == 'paused' and (row['status'] != 'paused' or n_epochs > before)
-    tested = known.purpose == 'final' and known.status != 'crashed' and known.test_score is None and (row['test_score'] is not None or row['status'] == 'crashed')
+    before = connection.scalar(sa.select(sa.func.count()).select_from(CURVE).where(CURVE.c.probe_id == known['id']))
+    went_on = known['status'] == 'paused' and (row['status'] != 'paused' or n_epochs > before)
+    was_tested, is_tested = (_restore(dict(r), r['nan'])['test_score'] is not None for r in (known, row)) # also if the score is NaN
+    tested = known['purpose'] == 'final' and known['status'] != 'crashed' and not was_tested and (is_tested or row['status'] == 'crashed')
     if not (went_on or tested): return False
-    for table, key in ((CURVE, CURVE.c.probe_id), (RESPONSE, RESPONSE.c.probe_id), (PROBE, PROBE.c.id)): connection.execute(sa.delete(table).where(key == known.id))
+    for table, key in ((CURVE, CURVE.c.probe_id), (RESPONSE, RESPONSE.c.probe_id), (PROBE, PROBE.c.id)): connection.execute(sa.delete(table).where(key == known['id']))
     return True
 
 @patch_to(Store)

@@ -41,7 +41,7 @@ lock: install      ## take the newest versions that settings.ini allows into con
 notebook-test: install   ## nbdev_test: every cell of every module notebook
 	$(VENV)/bin/nbdev_test --n_workers 2
 package-test: install    ## pytest: packaging, crashes, numbers across modules
-	$(PY) -m pytest -q -n 2 --dist worksteal tests
+	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 test-browser: install    ## the tests that drive a browser, which is installed first where apt-get is
 	command -v chromedriver >/dev/null || { apt-get update -q && apt-get install -y -q chromium chromium-driver; }

@@ -108,6 +108,16 @@ def test_no_worker_outlives_its_driver(tmp_path, how):
     _until(lambda: not any(_alive(int(p.name)) for p in pids.iterdir()))
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='no fork server')
+def test_a_driver_that_ends_at_once_lets_go_of_its_pipes():
+    code = 'from llprobe.execution import prepare_workers; assert prepare_workers("llprobe.study")'
+    driver = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert driver.wait(120) == 0
+    start = time.monotonic()
+    assert driver.stdout.read() == b''
+    assert time.monotonic()-start < 1  # what workers need takes longer to import
+
+
 def _until(condition, seconds: float = 60) -> None:
     end = time.monotonic()+seconds
     while not condition():

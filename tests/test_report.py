@@ -156,7 +156,7 @@ def find(driver, selector: str) -> list:
 
 
 def visit(driver, page: Path) -> None:
-    "Open a page of a site; on a busy machine `get` comes back before it has taken the place of the one before"
+    "Open a page of a site; on a busy machine `get` may come back while the page is still empty"
     driver.get(page.as_uri())
     wait(driver, lambda d: find(d, 'h1'))
 
@@ -169,11 +169,9 @@ def prefer(driver, scheme: str, width: int = 1300) -> None:
 
 @pytest.fixture
 def browser(driver):
-    "The driver with nothing left from other tests"
+    "The driver of a visitor who prefers light pages"
     prefer(driver, 'light')
-    yield driver
-    with contextlib.suppress(Exception):
-        driver.execute_script('localStorage.clear(); sessionStorage.clear()')
+    return driver
 
 
 def column(driver, table: str, place: int) -> list[str]:

@@ -116,10 +116,11 @@ def _settings(args: argparse.Namespace):
     from llprobe.probe import ProbeSettings
     from llprobe.study import StudySettings
     from llprobe.training import TrainSettings
+    from llprobe.warm_start import BUNDLED
     train = TrainSettings(n_epochs=args.epochs, schedule=args.schedule, augment=args.augment, device=args.device)
     probe = ProbeSettings(architecture=args.architecture, strategy=args.strategy, train=train, training=args.training)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in (*_WITHIN, *_WITHOUT, 'design', 'warm_start')}
-    begin = dict() if 'design' in given else dict(warm_start=('bundled',)) # a design that was asked for is left as it is
+    begin = dict() if 'design' in given else dict(warm_start=(BUNDLED,)) # a design that was asked for is left as it is
     return StudySettings(tuple(args.levels), seed=args.seed, probe=probe, budget=args.budget, population=args.population, n_full=args.n_full, **begin | given)
 
 def _space(args: argparse.Namespace):

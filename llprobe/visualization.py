@@ -176,18 +176,18 @@ def plot_predictions(
     result: dict[str, Any], # Content of result.json
 ) -> Figure:
     "Every config's predicted full score beside its score at its highest level"
-    figure, axis = panel(4.5, max(2.0, 0.22*len(result['predictions'])+1.1))
+    figure, axis = panel(4.5, max(2.3, 0.22*len(result['predictions'])+1.4))
     table, key = pd.DataFrame(result['predictions']).iloc[::-1].reset_index(drop=True), score_key('val', result['metric'])
     axis.hlines(table.index, table[key], table['predicted'], color='#cccccc', lw=1)
     axis.plot(table[key], table.index, 'o', ms=4, color=COLOURS['grey'], label='seen at its highest level')
-    axis.errorbar(table['predicted'], table.index, xerr=two_deviations(table['predicted'], table['std'], result['metric']), fmt='D', ms=4, lw=0.8, color=COLOURS['orange'], label='predicted at level 1, ± 2 deviations')
+    axis.errorbar(table['predicted'], table.index, xerr=two_deviations(table['predicted'], table['std'], result['metric']), fmt='D', ms=4, lw=0.8, color=COLOURS['orange'], label='predicted for level 1, ± 2 deviations')
     chosen = table.index[table['config_id'] == result['best_config_id']][0]
     axis.plot(result['reached'][key], chosen, '*', ms=12, color=COLOURS['green'], label='reached')
     axis.set_yticks(table.index, [f'{c[:6]} @ {l:g}' for c, l in zip(table['config_id'], table['level'])], fontsize=6, family='monospace')
     axis.set(xlabel=f'validation {METRICS[result["metric"]]}')
     if result['metric'] == 'accuracy': axis.set_xlim(-0.02, 1.02)
     _score_limits(axis, 'x', result['metric'])
-    legend_above(axis, 2)
+    legend_above(axis)
     return figure
 
 # %% ../nbs/70_visualization.ipynb #70visualizat00f

@@ -92,7 +92,7 @@ class AdaptiveSearch:
         ladder: Sequence[Rung],
         seed: int = 0, # Of the decisions
         lag: int = 1, # Steps that may run at once; decisions do not see the last `lag-1` results
-        n_initial: int|None = None, # Candidates begun before the model decides; by default 4 for each dimension, at least 8 and at most 32
+        n_initial: int|None = None, # Candidates begun before the model decides; by default 4 for each dimension, at least 8 and at most 32; never fewer than `lag`
         floor: float|None = None, # Score of a useless model; by default the median at the lowest rung
         prior: np.ndarray|None = None, # (n,) weights above 0: where the user expects good configs; forgotten as results come in
         sources: np.ndarray|None = None, # (s, n) what other tasks predict of each candidate, on any scale
@@ -114,9 +114,9 @@ class AdaptiveSearch:
         n, d = encoded.shape
         self.encoded, self.ladder, self.seed, self.lag, self.floor = encoded, list(ladder), seed, lag, floor
         self.prior, self.budget, self.min_improvement, self.full_share, self.choose_levels = prior, budget, min_improvement, full_share, choose_levels
-        self.n_initial = min(n, int(np.clip(4*d, 8, 32)) if n_initial is None else n_initial)
+        self.n_initial = min(n, max(lag, int(np.clip(4*d, 8, 32)) if n_initial is None else n_initial))
         self.fidelity = _fidelity(self.ladder)
-        self._second = next((k for k, r in enumerate(self.ladder) if r.level > self.ladder[0].level), 1) # of the pilot
+        self._second = next((k for k, r in enumerate(self.ladder) if r.level > self.ladder[0].level), None) # rung of the pilot; one level alone needs none
         self.steps: list[Step] = []
         self.results: dict[int, float] = {} # By step number; NaN for one that diverged
         self.finished, self.gp = False, FidelityGP(d)
@@ -201,14 +201,15 @@ def _rows(self: AdaptiveSearch,
     known = [s for s in self.steps[:n_known] if s.number in self.results]
     scores = np.array([self.results[s.number] for s in known])
     rungs, candidates = np.array([s.rung for s in known]), np.array([s.candidate for s in known])
-    scores = np.fmax(scores, np.nanmedian(scores[rungs == rungs.min()]) if self.floor is None else self.floor)
+    lowest = scores[(rungs == rungs.min()) & ~np.isnan(scores)]
+    scores = np.fmax(scores, self.floor if self.floor is not None else np.median(lowest) if len(lowest) else 0.0)
     keep = np.sort(np.lexsort((scores, rungs))[-most:])
     return candidates[keep], rungs[keep], normal_quantiles(scores[keep])
 
 @patch
 def _start(self: AdaptiveSearch, n_known: int) -> int: # Rung
     "Where a new candidate begins"
-    if not self.choose_levels: return 0
+    if not self.choose_levels or self._second is None: return 0
     seen = {(s.candidate, s.rung): self.results[s.number] for s in self.steps[:n_known] if s.number in self.results}
     pairs = np.array([(seen[c, 0], seen[c, self._second]) for c in self.order[:_PILOT] if (c, 0) in seen and (c, self._second) in seen])
     pairs = pairs[~np.isnan(pairs).any(1)] if len(pairs) else pairs
@@ -226,7 +227,7 @@ def _decide(self: AdaptiveSearch, k: int) -> Step|None:
     fresh = [c for c in self.order if c not in begun]
     n_known = max(0, k-self.lag+1)
     if due := self._due(k, n_known, pending): return due
-    if self.choose_levels and k < 2*_PILOT: return self._affordable(k, self.order[k % _PILOT], 0 if k < _PILOT else self._second, 0 if k >= _PILOT else -1)
+    if self.choose_levels and (pilot := self._pilot()): return self._affordable(k, *pilot)
     if len(begun) < self.n_initial and fresh: return self._affordable(k, fresh[0], self._start(n_known), -1)
     table = self.standing(n_known)
     rng = np.random.default_rng(derive_seed(self.seed, 'step', k))
@@ -236,10 +237,18 @@ def _decide(self: AdaptiveSearch, k: int) -> Step|None:
     if not len(candidates): return None
     reached = np.array([*table.loc[paused, 'rung'], *[-1]*len(fresh)], int)
     found = self._acquisition(n_known, pending, candidates, reached, rng)
-    if found is None: return None
+    if found is None: return self._last(k)
     best = int(np.argmax(found[0]))
     candidate, stands = int(candidates[best]), int(reached[best])
     return self._affordable(k, candidate, max(self._towards(int(found[1][best]), stands), self._start(n_known)), stands)
+
+@patch
+def _pilot(self: AdaptiveSearch) -> tuple[int, int, int]|None: # Candidate, rung, and the rung it stands on
+    "What the pilot asks for next, if anything"
+    if self._second is None: return None
+    stands = dict.fromkeys(self.order[:_PILOT], -1) | {s.candidate: s.rung for s in self.steps}
+    steps = [(c, rung, stands[c]) for rung in (0, self._second) for c in self.order[:_PILOT] if stands[c] < rung]
+    return steps[0] if steps else None
 
 @patch
 def _due(self: AdaptiveSearch, k: int, n_known: int, pending: dict[int, int]) -> Step|None:
@@ -308,7 +317,7 @@ def _acquisition(self: AdaptiveSearch, n_known: int, pending: dict[int, int], ca
     target = np.minimum(reached+int(rng.integers(1, top+2)), top)
     value = expected_improvement(*self.gp.predict(x, self.fidelity[target]), best)
     value = value/[step_cost(self.ladder, self._towards(t, k), k) for t, k in zip(target, reached)]
-    return (value if self.prior is None else value*self.prior[candidates]**(10/len(self.results))), target
+    return (value if self.prior is None else value*self.prior[candidates]**(10/sum(s.number in self.results for s in self.steps[:n_known]))), target
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive017
 def maximise(

@@ -10,8 +10,7 @@ import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from .core import METRICS, InputError, show_score, show_value
 from .explain import importance, interactions
-from .model_charts import (CYCLE, INK, PERCENT, QUIET, SCORES, chart_axis, chart_figure, confusion_chart, landscape_chart, message_chart, plain_numbers, score_axis, show_labels, show_text,
-                                  surface_chart)
+from .model_charts import (CYCLE, INK, PERCENT, QUIET, SCORES, chart_axis, chart_figure, message_chart, plain_numbers, score_axis, show_labels, show_text)
 from .probe import ended
 from .reader import StudyReader
 from .visualization import COLOURS, LOWEST_SCORE, log_ticks, two_deviations
@@ -112,7 +111,8 @@ def levels_chart(
     if not study.probes: return message_chart('nothing was probed yet')
     finals = [r for r in study.finals if highlight is None or r['config_id'] in highlight]
     highlight, ranking, unit = _highlight(study, highlight), study.ranking(), METRICS[study.metric]
-    probes = ended(study.probes)
+    probes = [r for r in ended(study.probes) if r['status'] != 'crashed'] # whose score is that of chance
+    if not probes and not study.finals: return message_chart('no probe has come to its end')
     rows = {c: [r for r in probes if r['config_id'] == c] for c in {r['config_id']: None for r in probes}}
     lines = {c: ([r['level'] for r in rs], [r['val_score'] for r in rs]) for c, rs in rows.items()}
     traces, scores = _highlighted(lines, highlight, f'level %{{x}}<br>{unit} %{{y}}'), [r['val_score'] for r in study.records]
@@ -161,7 +161,7 @@ def timeline_chart(
     study: StudyReader,
 ) -> go.Figure:
     "The score of each probe against the cost spent until then, open where it paused, with the best so far of each level"
-    table, traces = study.timeline, []
+    table, traces = study.timeline[study.timeline['status'] != 'crashed'], []
     if not len(table): return message_chart('nothing was probed yet')
     for (level, rows), colour, symbol in zip(table.groupby('level'), itertools.cycle(CYCLE), itertools.cycle(('circle', 'square', 'diamond', 'cross', 'triangle-up', 'x'))):
         common = dict(x=plain_numbers(rows['spent']), legendgroup=f'{level:g}', ids=list(rows['config_id']))
@@ -292,7 +292,7 @@ def parallel_chart(
 ) -> go.Figure:
     "Hyper-parameters and score of each config, side by side; drag along an axis to choose"
     level, records = _at(study, level)
-    records = [r for r in records if r['val_score'] is not None and math.isfinite(r['val_score'])]
+    records = [r for r in records if r['status'] != 'crashed' and r['val_score'] is not None and math.isfinite(r['val_score'])]
     if len(records) < 2: return message_chart('fewer than two configs have a score')
     dimensions = [_dimension(study, n, [r['config'].get(n) for r in records]) for n in study.space.names if len({r['config'].get(n) for r in records}) > 1]
     scores = plain_numbers(max(r['val_score'], LOWEST_SCORE) for r in records)

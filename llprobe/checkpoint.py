@@ -32,7 +32,7 @@ def save_checkpoint(
     facts: dict[str, Any], # JSON-ready; 'score' is what `prune_checkpoints` goes by
 ) -> None:
     "Write one file"
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()} # safetensors refuses shared memory
     text = json.dumps(plain(facts))
     try:
         with atomic_path(path) as temporary: save_file(tensors, temporary, dict(facts=text, digest=_digest(tensors, text)))

@@ -4,14 +4,14 @@
 
 # %% ../nbs/00_core.ipynb #00core003
 from __future__ import annotations
-import contextlib, hashlib, json, os, re, sysconfig, tempfile, traceback
+import contextlib, difflib, hashlib, json, os, re, sysconfig, tempfile, traceback
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 
 # %% auto #0
-__all__ = ['METRICS', 'InputError', 'show_error', 'is_number', 'plain', 'digest', 'derive_seed', 'atomic_path', 'write_json',
-           'score_key', 'name_scores', 'show_score', 'show_value']
+__all__ = ['METRICS', 'InputError', 'show_error', 'did_you_mean', 'is_number', 'plain', 'digest', 'derive_seed', 'atomic_path',
+           'write_json', 'score_key', 'name_scores', 'show_score', 'show_value']
 
 # %% ../nbs/00_core.ipynb #00core005
 class InputError(ValueError):
@@ -32,6 +32,15 @@ def show_error(
     if code := getattr(function, '__code__', None): places.insert(0, (code.co_filename, code.co_firstlineno))
     said = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
     return said+next((f' ({path}, line {line})' for path, line in reversed(places) if _is_own(path)), '')
+
+# %% ../nbs/00_core.ipynb #00coren11
+def did_you_mean(
+    name: str, # That is not known
+    known: Iterable[str],
+) -> str: # In parentheses, after a space; empty if nothing is near
+    "The nearest known name"
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f' (did you mean {near[0]}?)' if near else ''
 
 # %% ../nbs/00_core.ipynb #00coren01
 def is_number(

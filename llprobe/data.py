@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from .core import InputError, atomic_path, derive_seed, digest, write_json
+from .core import InputError, atomic_path, derive_seed, did_you_mean, digest, write_json
 from .images import decode_images, hash_files, list_images
 
 # %% auto #0
@@ -352,7 +352,7 @@ def load_dataset(
     if path.is_file():
         dataset = open_dataset(path)
         return replace(dataset, name=path.stem) if dataset.name == 'arrays' else dataset # `from_arrays` was given no name
-    raise InputError(f'{name!r} is neither a data set llprobe knows ({", ".join(DATASETS)}) nor a folder')
+    raise InputError(f'{name!r} is neither a data set llprobe knows ({", ".join(DATASETS)}) nor a folder of images, nor a file that save_dataset wrote{did_you_mean(str(name), DATASETS)}')
 
 # %% ../nbs/01_data.ipynb #01data02a
 def strata(

@@ -4,7 +4,6 @@
 
 # %% ../nbs/36_directions.ipynb #36directions003
 from __future__ import annotations
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future
 from multiprocessing import connection, forkserver
 from typing import Any, Callable, Iterable, Iterator
 from fastcore.basics import patch
+from .core import InputError, show_error
 from .progress import plain_warning
 
 # %% auto #0
@@ -94,8 +95,9 @@ def _submit(pool: Executor, function: Callable, task: Any) -> Future:
         except BrokenExecutor as e: return _failed(e)
 
 def _outcome(future: Future) -> Any:
-    "The result, or the exception, once there is one"
-    return future.exception() or future.result()
+    "The result, or the exception, once there is one; of code that left Python, a `RuntimeError` that says so"
+    error = future.exception()
+    return RuntimeError(f'it left Python with exit code {error.code}') if isinstance(error, SystemExit) else error or future.result()
 
 # %% ../nbs/42_execution.ipynb #42execution009
 class _Serial(Executor):
@@ -103,7 +105,7 @@ class _Serial(Executor):
     def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
         future: Future = Future()
         try: future.set_result(fn(*args, **kwargs))
-        except Exception as e: return _failed(e)
+        except (Exception, SystemExit) as e: return _failed(e)
         return future
 
 # %% ../nbs/42_execution.ipynb #42execution00b
@@ -157,11 +159,18 @@ def run(self: Workers,
     function: Callable[[Any], Any], # Importable by the workers
     tasks: Iterable[Any], # Its arguments, picklable
 ) -> Iterator[tuple[Any, Any]]: # (task, result or exception) in the order of completion
-    "Run all tasks; one whose worker died twice gives `WorkerDied`"
+    "Run all tasks; one whose worker died twice gives `WorkerDied`, and an `executor` that breaks raises `InputError`"
     source = iter(tasks)
-    if self.executor is not None: yield from _stream(self.executor, function, source, 2*self.n_workers)
+    if self.executor is not None: yield from self._run_elsewhere(function, source)
     elif self.n_workers == 1: yield from _stream(_Serial(), function, source, 1)
     else: yield from self._run_in_pool(function, source)
+
+@patch
+def _run_elsewhere(self: Workers, function: Callable, source: Iterator) -> Iterator[tuple[Any, Any]]:
+    "Stream through an executor that is not ours; when it breaks, no task is to blame"
+    for task, result in _stream(self.executor, function, source, 2*self.n_workers):
+        if isinstance(result, BrokenExecutor): raise InputError(f'the executor broke ({show_error(result)}): give a new one, and run again to go on') from result
+        yield task, result
 
 @patch
 def _run_in_pool(self: Workers, function: Callable, source: Iterator) -> Iterator[tuple[Any, Any]]:

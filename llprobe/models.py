@@ -4,7 +4,7 @@
 
 # %% ../nbs/11_models.ipynb #11models003
 from __future__ import annotations
-import contextlib, difflib, functools, importlib
+import contextlib, copy, difflib, functools, importlib
 from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def import_function(
     "The function that a name stands for; `InputError` when there is none"
     module, _, function = name.partition(':')
     try: found = getattr(importlib.import_module(module), function)
-    except Exception as error: # the user's module may raise anything
+    except (Exception, SystemExit) as error: # the user's module may raise anything
         raise InputError(f"{what} {name!r} cannot be imported ({show_error(error)}): check its name and the Python path") from error
     if callable(found): return found
     raise InputError(f"{what} {name!r} is a {type(found).__name__}, not a function")
@@ -241,7 +241,7 @@ def build_model(
     function, input_shape = _find(architecture), tuple(input_shape)
     with torch.random.fork_rng(devices=[]), torch.device('cpu'):
         torch.default_generator.manual_seed(derive_seed(seed, 'initial weights'))
-        model = function(dict(config), input_shape, n_classes)
+        model = function(copy.copy(config), input_shape, n_classes)
         if function not in ARCHITECTURES.values(): _try_out(architecture, model, input_shape, n_classes)
     return model
 
@@ -254,7 +254,7 @@ def check_architecture(
     "Build a network for a try; `InputError` says for which config and where in the user's code that fails"
     try: build_model(architecture, config, input_shape, n_classes)
     except InputError: raise
-    except Exception as error: # the user's function may raise anything
+    except (Exception, SystemExit) as error: # the user's function may raise anything
         name = getattr(architecture, '__qualname__', architecture)
         raise InputError(f"architecture {name} fails for the config {config} with {show_error(error, _find(architecture))}: mend it, or the space") from error
 

@@ -5,7 +5,7 @@
 # %% ../nbs/84_plot_widget.ipynb #84plotwidget003
 from __future__ import annotations
 import functools, json
-from typing import Any, Callable
+from typing import Callable
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from .core import InputError

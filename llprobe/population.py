@@ -4,13 +4,14 @@
 
 # %% ../nbs/43_population.ipynb #43population003
 from __future__ import annotations
-import contextlib, os
+import contextlib, os, warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
 import pandas as pd, safetensors.torch
 from torch import nn
-from .core import InputError
-from .data import Dataset, cached_file
+from .core import InputError, did_you_mean
+from .data import Dataset, cached_file, load_dataset
 from .execution import Workers
 from .models import architecture_hyperparameters, architecture_name, check_architecture, forward_flops
 from .optimization import DEFAULTS, resolve_config
@@ -29,14 +30,34 @@ def _check_names(architecture: str|Callable, names: Iterable[str]) -> None:
     own = architecture_hyperparameters(architecture)
     known = (*(own or ()), *DEFAULTS)
     for name in names if own is not None else ():
-        if name not in known: raise InputError(f'{name!r} is read neither by {architecture_name(architecture)} nor by training: choose from {", ".join(known)}')
+        if name not in known: raise InputError(f'{name!r} is read neither by {architecture_name(architecture)} nor by training{did_you_mean(name, known)}: choose from {", ".join(known)}')
 
-def _check_config(s: ProbeSettings, config: dict, dataset: Dataset) -> None:
+class _Watched(dict):
+    "A config that notes which of its names were looked at"
+    def __init__(self, config: dict):
+        super().__init__(config)
+        self.seen: set[str] = set()
+    def __copy__(self) -> _Watched: return self
+    def __getitem__(self, name: str) -> Any: return self.seen.add(name) or super().__getitem__(name)
+    def get(self, name: str, default: Any = None) -> Any: return self.seen.add(name) or super().get(name, default)
+    def __contains__(self, name: object) -> bool: return self.seen.add(name) or super().__contains__(name)
+    def __iter__(self) -> Iterator[str]: return self.seen.update(super().keys()) or super().__iter__()
+    def keys(self) -> Any: return self.seen.update(super().keys()) or super().keys()
+    def values(self) -> Any: return self.seen.update(super().keys()) or super().values()
+    def items(self) -> Any: return self.seen.update(super().keys()) or super().items()
+
+def _check_config(s: ProbeSettings, config: dict, dataset: Dataset, watched: _Watched|None = None) -> None: # `watched`: the config as the architecture gets it
     "Raise `InputError` for a config that cannot be trained on these data"
     values = resolve_config(config, s.train.shared, dataset.task)
     for name in ('augment', 'cutout') if not dataset.is_image else ():
         if values[name] != DEFAULTS[name]: raise InputError(f'{name} changes images only, and {dataset.name} has none, so nothing reads {values[name]!r}: leave {name} out')
-    check_architecture(s.architecture or 'simple_cnn', config, dataset.input_shape, dataset.n_outputs)
+    check_architecture(s.architecture or 'simple_cnn', config if watched is None else watched, dataset.input_shape, dataset.n_outputs)
+
+def _warn_of_unread(s: ProbeSettings, configs: list[_Watched]) -> None: # Looked at by the user's function
+    "What the user's own function reads is known only once it was called, and it may read some names in some cases only"
+    names, seen = {name for config in configs for name in dict.keys(config)}, set(DEFAULTS).union(*(config.seen for config in configs))
+    if unread := sorted(names-seen):
+        warnings.warn(f'{", ".join(map(repr, unread))} {"was" if len(unread) == 1 else "were"} read neither by {architecture_name(s.architecture)} nor by training{did_you_mean(unread[0], DEFAULTS)}', stacklevel=3)
 
 def check_configs(
     s: ProbeSettings,
@@ -44,9 +65,11 @@ def check_configs(
     dataset: Dataset,
     space: SearchSpace|None = None, # That they are of, if the ends of its ranges are to be looked at, too
 ) -> None:
-    "Raise `InputError` for a config that llprobe's own loop cannot train"
+    "Raise `InputError` for a config that llprobe's own loop cannot train; warn of a name that nothing read"
     _check_names(s.architecture or 'simple_cnn', dict.fromkeys(name for config in configs for name in config))
-    for config in configs: _check_config(s, config, dataset)
+    watched = [_Watched(config) for config in configs]
+    for config, looked_at in zip(configs, watched): _check_config(s, config, dataset, looked_at)
+    if s.architecture and architecture_hyperparameters(s.architecture) is None: _warn_of_unread(s, watched)
     for name, hp in space.configspace.items() if space else ():
         example = next((config for config in configs if name in config), None)
         for end in () if example is None or choices_of(hp) else (hp.lower, hp.upper):
@@ -148,7 +171,7 @@ def _train_group(tasks: tuple[ProbeTask, ...]) -> list[tuple[bytes, TrainResult]
 # %% ../nbs/43_population.ipynb #43population00f
 def train_population(
     configs: Sequence[dict], # Hyper-parameters
-    dataset: Dataset,
+    dataset: str|Path|Dataset, # A name, a folder of images, or a data set
     level: float = 1.0, # Fraction of the training part, in (0, 1]
     settings: ProbeSettings = ProbeSettings(), # Architecture, epochs, device, split; what concerns perturbation is not used
     seed: int = 0, # Of the split, the subset, the weights and the batches
@@ -158,6 +181,7 @@ def train_population(
 ) -> Population:
     "Train many configs at once; raises the first error that a training raised"
     if not configs: raise InputError('there must be at least one config, got none')
+    dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
     if settings.training is None: check_configs(settings, configs, dataset)
     n_workers = n_workers or default_workers(settings.train.device)
     tasks = [ProbeTask(str(cached_file(dataset)), dict(config), level, seed, settings=settings) for config in configs]

@@ -27,12 +27,12 @@ def study_figures(
     with open_store(Path(folder)/'study.db', read_only=True) as store:
         probes, responses, curves = (getattr(store, f'{kind}_frame')(result['study']) for kind in ('probe', 'response', 'curve'))
     low, best, seed = min(result['levels']), result['best_config_id'], f'{result["n_configs"]} configs, one seed ({result["seed"]})'
-    scores, metric, name = probes[(probes['level'] == low) & (probes['status'] != 'paused')].set_index('config_id')['val_score'], result['metric'], METRICS[result['metric']]
+    scores, metric, name = probes[(probes['level'] == low) & (probes['status'] != 'paused') & (probes['purpose'] == 'probe')].set_index('config_id')['val_score'], result['metric'], METRICS[result['metric']]
     table = pd.DataFrame(result['predictions']).drop(columns='config')
     yield 'levels', f'Validation {name} of each config against its level; {seed}.', plot_levels(probes, result), probes
     yield 'predictions', f'Validation {name} seen at each config\'s highest level and predicted at level 1; {seed}.', plot_predictions(result), table
     yield 'responses', f'Validation loss under filter-normalised noise, mean over directions; {seed}.', plot_responses(responses, scores, low, metric=metric), responses
-    yield 'curves', f'Validation {name} by epoch at level {low:g}; {seed}.', plot_curves(curves, low, best, metric), curves
+    yield 'curves', f'Validation {name} by epoch at level {low:g}; {seed}.', plot_curves(curves[curves['purpose'] == 'probe'], low, best, metric), curves
     yield 'cost', 'Cost in full-training equivalents, validation and perturbation charged.', plot_cost(result), pd.Series(result['cost']['fte'], name='fte').rename_axis('part').reset_index()
 
 def save_figures(
@@ -54,8 +54,10 @@ def summary_rows(
     trainings, several = ('full training', []) if len(full) == 1 else (f'{len(full)} full trainings', [(f'validation {name} of all trained in full', ', '.join(full))])
     equal = sum(r[val] == result['reached'][val] for r in result['full_trainings'])-1
     choice = f', and so did {equal} other{"s"*(equal > 1)} trained in full: the one predicted to be best was chosen' if equal > 0 else ''
+    if result['status'] == 'crashed': choice, tested = f', the score of chance: the full training crashed with {result["error"]}', 'none'
+    else: tested = show(result['reached'][test])
     return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])} (one deviation){vague}'),
-            *several, (f'reached validation {name}', show(result['reached'][val])+choice), (f'reached test {name}', show(result['reached'][test])),
+            *several, (f'reached validation {name}', show(result['reached'][val])+choice), (f'reached test {name}', tested),
             ('cost of the search', f'{fte["probe"]+fte["metamodel"]:.2f} FTE'), (f'cost with {"" if several else "the "}{trainings}', f'{fte["total"]:.2f} FTE'),
             ('training every config tried in full', f'{fte["all_configs_in_full"]:.2f} FTE'),
             (f'computing time of probes, meta-model, {trainings}', ', '.join(f'{seconds[k]:.1f} s' for k in ('probe', 'metamodel', 'final')))]

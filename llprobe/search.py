@@ -160,7 +160,7 @@ class BudgetSearch(Search):
         configs: Sequence[dict], # The pool: distinct configs of the space, tried in this order while nothing is known
         metamodel: MetaModel, # `fit` once, when the budget is spent
         budget: float, # In full trainings, with those at the end
-        levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4),
+        levels: Sequence[float] = (0.1, 0.2, 0.3, 0.4), # In (0, 1)
         data_features: dict[str, float]|None = None, # Passed on to the features
         epochs: Sequence[int] = (1,), # After which a training may pause; the last is its end
         validation: float = 0.0, # Cost of each whole training's curve, in full trainings
@@ -170,6 +170,7 @@ class BudgetSearch(Search):
         **options: Any, # Of `adaptive.AdaptiveSearch`
     ):
         super().__init__(space, configs, metamodel, levels, 1.0, data_features, n_full)
+        if self.levels[-1] == 1: raise InputError('levels must be below 1 within a budget: part of it goes to full trainings anyway')
         ladder = make_ladder(self.levels, epochs, validation, overhead)
         self.budget, self.last_stage, self.n_epochs, dearest = budget, 'after the budget', max(epochs), ladder[-1].cost
         if not budget >= (least := n_full*final+dearest):

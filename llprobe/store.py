@@ -323,14 +323,15 @@ def configs(self: Store, study: int|str) -> list[dict[str, Any]]: # Hyper-parame
 
 # %% ../nbs/41_store.ipynb #41store02a
 def _make_room(connection: sa.Connection, same: list, row: dict, n_epochs: int) -> bool: # Whether the probe may be inserted
-    "Delete the record of a probe that was paused and went on, or of a full training that is tested now"
-    known = connection.execute(sa.select(PROBE.c.id, PROBE.c.status, PROBE.c.purpose, PROBE.c.test_score, PROBE.c.nan).where(*same)).mappings().first()
+    "Delete the record of a probe that was paused and went on, of a full training that is tested now, or of a crash when another try ends otherwise"
+    known = connection.execute(sa.select(PROBE.c.id, PROBE.c.status, PROBE.c.purpose, PROBE.c.test_score, PROBE.c.error, PROBE.c.nan).where(*same)).mappings().first()
     if known is None: return True
     before = connection.scalar(sa.select(sa.func.count()).select_from(CURVE).where(CURVE.c.probe_id == known['id']))
     went_on = known['status'] == 'paused' and (row['status'] != 'paused' or n_epochs > before)
     was_tested, is_tested = (_restore(dict(r), r['nan'])['test_score'] is not None for r in (known, row)) # also if the score is NaN
     tested = known['purpose'] == 'final' and known['status'] != 'crashed' and not was_tested and (is_tested or row['status'] == 'crashed')
-    if not (went_on or tested): return False
+    retried = known['status'] == 'crashed' and (row['status'] != 'crashed' or row['error'] != known['error'])
+    if not (went_on or tested or retried): return False
     for table, key in ((CURVE, CURVE.c.probe_id), (RESPONSE, RESPONSE.c.probe_id), (PROBE, PROBE.c.id)): connection.execute(sa.delete(table).where(key == known['id']))
     return True
 
@@ -339,7 +340,7 @@ def add_probe(
     self: Store,
     study: int|str, # Id or name
     record: dict[str, Any], # The probe's columns, `config`, and the lists `curve` and `responses` of dicts
-) -> bool: # False if the store had this probe (config, level, seed, purpose) already, unless paused after fewer epochs or not tested yet; then the first stays
+) -> bool: # False if the store had this probe (config, level, seed, purpose) already, unless it was paused after fewer epochs, not tested yet or crashed otherwise; then the first stays
     "Commit one probe, all or nothing"
     parts = {CURVE: record.get('curve') or [], RESPONSE: record.get('responses') or []}
     head = {key: value for key, value in record.items() if key not in ('config', 'curve', 'responses')}

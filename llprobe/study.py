@@ -26,7 +26,7 @@ from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_
 from .progress import between_bars, progress_bar
 from .search import BudgetSearch, Search, Trial, check_levels
 from .space import SearchSpace, config_id, default_space
-from .store import Store, open_store
+from .store import PURPOSES, Store, open_store
 from .training import resolve_device
 from .warm_start import WarmStart, learn, warm_design
 
@@ -239,13 +239,15 @@ def open_study(
     settings = replace(settings, warm_start=tuple(start.sources) if start else ())
     features, name = data_features(split, settings.seed), name or dataset.name
     search = _search(settings, space, configs, split, features, start)
-    store = open_store(out/'study.db')
-    if others := [other for other in store.studies()['name'] if other != name]:
-        raise InputError(f'{out} holds the study {others[0]!r}: choose another folder for {name!r}')
-    store.create_study(name, settings.to_dict(), dataset=dataset.name, fingerprint=dataset.fingerprint, space=space.to_dict(),
-                       data_features=features, versions=versions(), metric=dataset.metric)
-    if start: start.save(out)
-    if settings.budget is None: store.add_configs(name, configs)
+    with contextlib.ExitStack() as refused: # closes the database
+        store = refused.enter_context(open_store(out/'study.db'))
+        if others := [other for other in store.studies()['name'] if other != name]:
+            raise InputError(f'{out} holds the study {others[0]!r}: choose another folder for {name!r}')
+        store.create_study(name, settings.to_dict(), dataset=dataset.name, fingerprint=dataset.fingerprint, space=space.to_dict(),
+                           data_features=features, versions=versions(), metric=dataset.metric)
+        if start: start.save(out)
+        if settings.budget is None: store.add_configs(name, configs)
+        refused.pop_all()
     return Study(name, out, settings, split, data_path, store, search, start=start)
 
 # %% ../nbs/61_study.ipynb #61study014
@@ -376,7 +378,10 @@ def _take_full(study: Study, record: dict, anew: bool) -> None:
 # %% ../nbs/61_study.ipynb #61study01a
 def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: bool) -> list[Trial]: # The full trainings that are due, if any
     "Tell the search what the store holds, and probe what it then asks for"
-    for record in study.store.probes(study.name):
+    records = study.store.probes(study.name)
+    again = {purpose for purpose in PURPOSES if all(r['status'] == 'crashed' for r in records if r['purpose'] == purpose)} # the cause may have been mended
+    for record in records:
+        if record['purpose'] in again: continue
         study.search.tell(record)
         if ended([record]) and record['purpose'] == 'probe': study.track('log', record)
     before = _standing(study)
@@ -511,7 +516,7 @@ def summarise(
     best, final = search.best, search.records[search.best, 1.0, 'final']
     row = search.final_predictions.loc[best]
     return plain(_facts(study) | dict(
-        best_config=search.configs[best], best_config_id=best, status=final['status'],
+        best_config=search.configs[best], best_config_id=best, status=final['status'], error=final['error'],
         predicted=name_scores(dict(val_score=row['mean'], std=row['std']), metric),
         reached=name_scores({k: final[k] for k in ('val_score', 'test_score', 'val_loss', 'test_loss')}, metric),
         full_trainings=_full_trainings(study), predictions=_predictions(study), cost=_cost(study)))

@@ -189,7 +189,7 @@ def validation_size(
     "How many validation samples are behind each score"
     fraction = card['settings']['val_fraction']
     if card['metric'] != 'accuracy': return round(frames['probes']['n_samples'].max()*fraction/(1-fraction))
-    scores = frames['probes']['val_score'].to_numpy(float)
+    scores = frames['probes'].loc[frames['probes']['status'] == 'ok', 'val_score'].to_numpy(float) # of the others it is chance
     return next(n for n in itertools.count(1) if np.abs(scores*n-np.round(scores*n)).max() < 1e-3) # all are fractions of that many
 
 # %% ../nbs/63_table.ipynb #63tablen01

@@ -279,11 +279,12 @@ def save(self: Trainer,
 def resume(self: Trainer,
     path: str|Path, # Written by `save`
 ) -> None:
-    "Go on from a checkpoint; raises `InputError` if it is damaged or of another training"
+    "Go on from a checkpoint, also at another level or for more epochs; raises `InputError` if it is damaged, of another training, or already further"
     tensors, facts = load_checkpoint(path)
     if (theirs := facts.get('identity')) != self._identity():
         differ = [name for name, value in self._identity().items() if theirs is None or theirs.get(name) != value]
         raise InputError(f'checkpoint {path} is of a training with another {" and ".join(differ)}: delete it, or choose another path')
+    if facts['epoch'] > self.settings.n_epochs: raise InputError(f'checkpoint {path} has seen {facts["epoch"]} epochs, more than the {self.settings.n_epochs} asked for: delete it, or choose another path')
     self.model.load_state_dict(_of_prefix('model', tensors))
     _restore_optimizer(self.optimizer, _of_prefix('optimizer', tensors))
     if self.averaging.averaged is not None: self.averaging.averaged.load_state_dict(_of_prefix('averaged', tensors))

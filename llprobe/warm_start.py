@@ -8,7 +8,7 @@ import functools, json, warnings
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Iterable, Sequence
 import numpy as np, pandas as pd
 from .adaptive import initial_order, normal_quantiles
 from .core import InputError, digest, write_json

@@ -35,7 +35,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     "Arguments of `llprobe run`"
     p = commands.add_parser('run', help='probe, predict, train the predicted best in full, test the best once', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                             description='Run a study, or resume it: the same command continues where an earlier one stopped.')
-    p.add_argument('--dataset', default='digits', help='name (see `llprobe datasets`) or a folder of images, one sub-folder a class')
+    p.add_argument('--dataset', default='digits', help='name (see `llprobe datasets`), a folder of images, one sub-folder a class, or a file that save_dataset wrote')
     p.add_argument('--out', type=Path, default=Path('runs/study'), help='folder of the study: database, figures, report, result.json, and the weights of the chosen full training (best.safetensors); those of probes are not kept')
     p.add_argument('--levels', type=_number, nargs='+', default=[0.1, 0.2, 0.3, 0.4], help='fractions of the training data, in (0, 1]')
     p.add_argument('--configs', type=_whole, default=argparse.SUPPRESS, dest='n_configs', metavar='CONFIGS', help='without a budget: how many configs to try (default: 16)')
@@ -133,11 +133,12 @@ def run(args: argparse.Namespace) -> None:
     "Run or resume a study, and show what came out"
     _check_say(args)
     if args.jobs != 1 and args.device != 'cuda': prepare_workers() # while this process imports as much
+    space = _space(args) # a slip there is told before more is imported
     from llprobe.study import run_study
     sys.path.insert(0, str(Path.cwd())) # a model of one's own may lie in this folder
     start, finished = time.perf_counter(), _finished(args.out)
     trackers = _trackers(args.track)
-    result = run_study(args.dataset, args.out, _space(args), _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet, trackers=trackers)
+    result = run_study(args.dataset, args.out, space, _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet, trackers=trackers)
     page = _write_report(args.out, details=5.0)
     _print_table(result, time.perf_counter()-start)
     for name, path in dict(report=page, figures=args.out/'figures', numbers=args.out/'result.json', weights=args.out/'best.safetensors').items():
@@ -227,7 +228,7 @@ def datasets(args: argparse.Namespace) -> None:
     "List the data sets known by name"
     from llprobe.data import DATASETS, REGRESSIONS
     print('\n'.join(f'{name} (regression)' if name in REGRESSIONS else name for name in DATASETS))
-    print('\nor a folder of images: train/<class>/* and test/<class>/*, or <class>/*\n$LLPROBE_DATA/<name>/ in that layout comes before any download')
+    print('\nor a folder of images: train/<class>/* and test/<class>/*, or <class>/*\n$LLPROBE_DATA/<name>/ in that layout comes before any download\nor a file that save_dataset wrote')
 
 # %% ../nbs/90_cli.ipynb #90cli00e
 def explain(args: argparse.Namespace) -> None:

@@ -9,13 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 import jinja2, markupsafe, plotly.graph_objects as go, plotly.offline
-from .charts import (compare_chart, compare_costs_chart, config_curves_chart, confusion_chart, cost_chart, curves_chart, importance_chart, interactions_chart,
-                            landscape_chart, levels_chart, lowest_level, parallel_chart, ranking_chart, responses_chart, study_labels, timeline_chart, total_cost)
+from .charts import (compare_chart, compare_costs_chart, config_curves_chart, cost_chart, curves_chart, importance_chart, interactions_chart,
+                            levels_chart, lowest_level, parallel_chart, ranking_chart, responses_chart, study_labels, timeline_chart, total_cost)
 from .adaptive import pause_epochs
 from .core import METRICS, atomic_path, show_score
 from .details import Details, shown_record, study_details
 from .evaluation import targets_chart
 from .metamodel import is_vague
+from .model_charts import confusion_chart, landscape_chart
 from .probe import ended
 from .progress import progress_bar
 from .reader import StudyReader, counted, no_model, paused_after, read_study, seen_score

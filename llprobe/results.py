@@ -5,6 +5,7 @@
 # %% ../nbs/78_results.ipynb #78results003
 from __future__ import annotations
 import functools, json
+from collections import Counter
 from pathlib import Path
 from typing import Any, Iterator
 import pandas as pd
@@ -56,8 +57,10 @@ def summary_rows(
     choice = f', and so did {equal} other{"s"*(equal > 1)} trained in full: the one predicted to be best was chosen' if equal > 0 else ''
     if result['status'] == 'crashed': choice, tested = f', the score of chance: the full training crashed with {result["error"]}', 'none'
     else: tested = show(result['reached'][test])
+    failed = Counter(p['status'] for p in result['predictions'] if p['status'] in ('crashed', 'diverged'))
+    failures = [('configs that failed', f'{", ".join(f"{n} {status}" for status, n in sorted(failed.items()))} of {len(result["predictions"])}')] if failed else []
     return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])} (one deviation){vague}'),
-            *several, (f'reached validation {name}', show(result['reached'][val])+choice), (f'reached test {name}', tested),
+            *failures, *several, (f'reached validation {name}', show(result['reached'][val])+choice), (f'reached test {name}', tested),
             ('cost of the search', f'{fte["probe"]+fte["metamodel"]:.2f} FTE'), (f'cost with {"" if several else "the "}{trainings}', f'{fte["total"]:.2f} FTE'),
             ('training every config tried in full', f'{fte["all_configs_in_full"]:.2f} FTE'),
             (f'computing time of probes, meta-model, {trainings}', ', '.join(f'{seconds[k]:.1f} s' for k in ('probe', 'metamodel', 'final')))]

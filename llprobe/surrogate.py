@@ -16,8 +16,7 @@ from threadpoolctl import ThreadpoolController
 __all__ = ['FidelityGP', 'one_thread', 'expected_improvement']
 
 # %% ../nbs/53_surrogate.ipynb #53surrogate005
-_OWN = ('signal', 'noise', 'fidelity_length', 'gain', 'share') # After the d lengths; logarithms, of the share the logit
-_PRIOR = torch.tensor([0.0, -3.0, math.log(0.5), -1.0, 1.5]), torch.tensor([0.7, 1.0, 0.7, 1.5, 1.0]) # Mean, deviation
+_PRIOR = torch.tensor([0.0, -3.0, math.log(0.5), -1.0, 1.5]), torch.tensor([0.7, 1.0, 0.7, 1.5, 1.0]) # Mean, deviation of what follows the d lengths: signal, noise, fidelity's length, gain (logarithms), share (logit)
 
 def _prior(d: int) -> tuple[torch.Tensor, torch.Tensor]: # (d+5,) mean and deviation
     "Where the parameters are before any score was seen"

@@ -117,7 +117,7 @@ TABLE_digits    := -r dataset digits -p n_configs 128 -r seeds '0 1 2' -p epochs
 TABLE_mnist5k   := -r dataset mnist5k -p n_configs 64 -r seeds '0 1 2' -p epochs 15 -r architecture mlp
 TABLE_cifar10-10k := -r dataset cifar10 -p subset 0.2 -p n_configs 24 -r seeds 0 -p epochs 10 -r augment flip_crop
 UNSEEN          := cifar10-5k
-TABLE_cifar10-5k := -r dataset cifar10 -p subset 0.1 -p n_configs 256 -r seeds '0 1' -p epochs 15 -r architecture mlp
+TABLE_cifar10-5k := -r dataset cifar10 -p subset 0.1 -p n_configs 256 -r seeds 0 -p epochs 15 -r architecture mlp
 tables: $(patsubst %,figures/%/table/card.json,$(TABLES) $(UNSEEN))   ## make the tables that are missing (hours); they are committed
 figures/%/table/card.json: | $(VENV)/.installed
 	@mkdir -p runs/table/$*

@@ -142,14 +142,15 @@ def run(args: argparse.Namespace) -> None:
     page = _write_report(args.out, details=5.0)
     _print_table(result, time.perf_counter()-start)
     for name, path in dict(report=page, figures=args.out/'figures', numbers=args.out/'result.json', weights=args.out/'best.safetensors').items():
-        print(f'{name:<8} {path}')
+        if path.exists(): print(f'{name:<8} {path}')
+    if result['status'] == 'crashed': raise InputError(f'the full training crashed with {result["error"]}: mend what caused it, and run the same command again; the probes are kept')
     if finished and finished == _finished(args.out): print('\nthe study was finished before, so no probe and no full training was run: for more configs, a larger budget or other settings choose another --out')
 
 def _finished(out: Path) -> int: # 0 if it has not come to its end
-    "How many trainings a folder's finished study has"
+    "How many trainings that did not crash a folder's finished study has"
     from llprobe.store import open_store
     with contextlib.suppress(InputError), open_store(out/'study.db', create=False, read_only=True) as store:
-        return sum(len(store.probes(name)) for name in store.studies()['name'] if store.result(name))
+        return sum((store.probe_frame(name)['status'] != 'crashed').sum() for name in store.studies()['name'] if store.result(name))
     return 0
 
 def _trackers(places: Sequence[str]) -> list:

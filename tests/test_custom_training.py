@@ -286,6 +286,26 @@ def test_the_command_finds_code_in_the_current_folder(user_folder, tmp_path, opt
     assert (tmp_path/'out'/'report'/'index.html').exists()
 
 
+def test_the_command_says_that_a_full_training_crashed_and_tries_it_again(tmp_path):
+    (tmp_path/'fragile.py').write_text("""
+import pathlib
+from torch import nn
+def fit(config, subset, seed):
+    if subset.level == 1 and not pathlib.Path('mended').exists(): raise RuntimeError('no room')
+    return [dict(train_loss=1.0)]*subset.n_epochs, nn.Sequential(nn.Flatten(), nn.Linear(subset.x[0].numel(), subset.n_classes))
+""")
+    command = [sys.executable, '-m', 'llprobe.cli', 'run', '--dataset', 'iris', '--training', 'fragile:fit', '--configs', '2', '--levels', '0.3', '--epochs', '2', '--jobs', '1', '--out', 'out']
+    def run(): return subprocess.run(command, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    crashed = run()
+    assert crashed.returncode == 2 and 'the full training crashed with RuntimeError: no room' in crashed.stderr and 'Traceback' not in crashed.stderr, crashed.stderr
+    assert 'reached test accuracy' in crashed.stdout and 'best.safetensors' not in crashed.stdout
+    (tmp_path/'mended').touch()
+    mended = run()
+    assert mended.returncode == 0, mended.stderr
+    assert 'best.safetensors' in mended.stdout and 'finished before' not in mended.stdout
+    assert 'finished before' in run().stdout
+
+
 def test_without_a_space_an_architecture_has_its_own_default(user_folder, tmp_path):
     result = run_study('digits', tmp_path/'named', settings=settings(architecture='mlp', n_configs=2, levels=(0.1,), n_epochs=1), n_workers=1, progress=False)
     assert {'width', 'depth'} <= set(result['best_config'])

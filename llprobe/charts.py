@@ -12,7 +12,7 @@ from .core import METRICS, InputError, show_score, show_value
 from .explain import importance, interactions
 from .model_charts import (CYCLE, INK, PERCENT, QUIET, SCORES, chart_axis, chart_figure, message_chart, plain_numbers, score_axis, show_labels, show_text)
 from .probe import ended
-from .reader import StudyReader
+from .reader import StudyReader, seen_score
 from .visualization import COLOURS, LOWEST_SCORE, log_ticks, two_deviations
 
 # %% auto #0
@@ -109,10 +109,10 @@ def levels_chart(
 ) -> go.Figure:
     "Validation score against the level; for highlighted configs what is predicted ± 2σ, and what was reached"
     if not study.probes: return message_chart('nothing was probed yet')
-    finals = [r for r in study.finals if highlight is None or r['config_id'] in highlight]
+    finals = [r for r in study.finals if r['status'] != 'crashed' and (highlight is None or r['config_id'] in highlight)]
     highlight, ranking, unit = _highlight(study, highlight), study.ranking(), METRICS[study.metric]
     probes = [r for r in ended(study.probes) if r['status'] != 'crashed'] # whose score is that of chance
-    if not probes and not study.finals: return message_chart('no probe has come to its end')
+    if not probes and not finals: return message_chart('no probe has come to its end')
     rows = {c: [r for r in probes if r['config_id'] == c] for c in {r['config_id']: None for r in probes}}
     lines = {c: ([r['level'] for r in rs], [r['val_score'] for r in rs]) for c, rs in rows.items()}
     traces, scores = _highlighted(lines, highlight, f'level %{{x}}<br>{unit} %{{y}}'), [r['val_score'] for r in study.records]
@@ -328,7 +328,7 @@ def compare_chart(
     best = [s.best for s in studies]
     tables = [s.ranking() for s in studies]
     means, stds = ([t.loc[b, k] if b in t.index else None for t, b in zip(tables, best)] for k in ('mean', 'std'))
-    reached = {part: [s.final[f'{part}_score'] if s.final else None for s in studies] for part in ('val', 'test')}
+    reached = {part: [s.final and seen_score(s.final, f'{part}_score') for s in studies] for part in ('val', 'test')}
     def dots(name: str, x: list, symbol: str, colour: str, width: float = 0, **more: Any) -> go.Scatter:
         return go.Scatter(x=plain_numbers(x), y=labels, mode='markers', name=name, marker=dict(symbol=symbol, size=10, color=colour, line=dict(width=width)), hovertemplate=f'%{{y}}<br>{name} %{{x}}<extra></extra>', **more)
     traces = [dots('predicted ± 2σ', means, 'diamond', COLOURS['orange'], error_x=_interval(studies[0], means, stds)|dict(thickness=1.5)),

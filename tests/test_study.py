@@ -167,7 +167,7 @@ def test_a_full_training_killed_half_way_goes_on_from_its_last_epoch(tmp_path):
 
 def test_a_hyperparameter_that_nothing_reads_is_named(tmp_path):
     space = SearchSpace('simple_cnn', dict(num_channels=8, learning_rte=dict(low=1e-3, high=0.1)))
-    with pytest.raises(InputError, match="'learning_rte' is read neither by simple_cnn nor by training: choose from num_channels, dropout, optimizer, learning_rate"):
+    with pytest.raises(InputError, match=r"'learning_rte' is read neither by simple_cnn nor by training \(did you mean learning_rate\?\): choose from num_channels, dropout, optimizer, learning_rate"):
         run_study('digits', tmp_path, space, StudySettings(n_configs=2), n_workers=1, progress=False)
 
 

@@ -129,7 +129,7 @@ def plot_levels(
     axis.set_xticks(ticks, [f'{t:g}' for t in ticks])
     axis.minorticks_off()
     _score_limits(axis, 'y', result['metric'])
-    axis.legend(fontsize=7, frameon=False, loc='lower right')
+    legend_above(axis, 3)
     return figure
 
 # %% ../nbs/70_visualization.ipynb #70visualizat009
@@ -168,7 +168,7 @@ def plot_curves(
     axis.set(xlabel='epoch', ylabel=f'validation {METRICS[metric]} at level {level:g}')
     axis.locator_params(axis='x', integer=True)
     _score_limits(axis, 'y', metric)
-    if axis.get_legend_handles_labels()[0]: axis.legend(fontsize=7, frameon=False, loc='lower right')
+    if axis.get_legend_handles_labels()[0]: legend_above(axis)
     return figure
 
 # %% ../nbs/70_visualization.ipynb #70visualizat00d

@@ -184,12 +184,16 @@ def spent(self: AdaptiveSearch) -> float: # In full trainings
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive012
 @patch
+def _known(self: AdaptiveSearch, n: int|None) -> list[Step]: # Of the first `n`, or of all
+    "Steps that have a result"
+    return [s for s in self.steps[:n] if s.number in self.results]
+
+@patch
 def standing(self: AdaptiveSearch,
     n_known: int|None = None, # Results of the first steps only
 ) -> pd.DataFrame: # By candidate: rung, score (NaN if it diverged)
     "How far each candidate came"
-    known = [s for s in self.steps[:n_known] if s.number in self.results]
-    rows = {s.candidate: (s.rung, self.results[s.number]) for s in known}
+    rows = {s.candidate: (s.rung, self.results[s.number]) for s in self._known(n_known)}
     return pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name='candidate', dtype=int), columns=['rung', 'score'])
 
 @patch
@@ -198,7 +202,7 @@ def _rows(self: AdaptiveSearch,
     most: int = 400, # Rows to keep
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # Candidates, rungs, quantiles of the scores
     "Everything seen, or the furthest and best of it"
-    known = [s for s in self.steps[:n_known] if s.number in self.results]
+    known = self._known(n_known)
     scores = np.array([self.results[s.number] for s in known])
     rungs, candidates = np.array([s.rung for s in known]), np.array([s.candidate for s in known])
     lowest = scores[(rungs == rungs.min()) & ~np.isnan(scores)]
@@ -210,7 +214,7 @@ def _rows(self: AdaptiveSearch,
 def _start(self: AdaptiveSearch, n_known: int) -> int: # Rung
     "Where a new candidate begins"
     if not self.choose_levels or self._second is None: return 0
-    seen = {(s.candidate, s.rung): self.results[s.number] for s in self.steps[:n_known] if s.number in self.results}
+    seen = {(s.candidate, s.rung): self.results[s.number] for s in self._known(n_known)}
     pairs = np.array([(seen[c, 0], seen[c, self._second]) for c in self.order[:_PILOT] if (c, 0) in seen and (c, self._second) in seen])
     pairs = pairs[~np.isnan(pairs).any(1)] if len(pairs) else pairs
     found = spearmanr(*pairs.T).statistic if len(pairs) > 3 else 0.8
@@ -317,7 +321,7 @@ def _acquisition(self: AdaptiveSearch, n_known: int, pending: dict[int, int], ca
     target = np.minimum(reached+int(rng.integers(1, top+2)), top)
     value = expected_improvement(*self.gp.predict(x, self.fidelity[target]), best)
     value = value/[step_cost(self.ladder, self._towards(t, k), k) for t, k in zip(target, reached)]
-    return (value if self.prior is None else value*self.prior[candidates]**(10/sum(s.number in self.results for s in self.steps[:n_known]))), target
+    return (value if self.prior is None else value*self.prior[candidates]**(10/len(self._known(n_known)))), target
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive017
 def maximise(

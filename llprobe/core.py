@@ -10,8 +10,8 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 
 # %% auto #0
-__all__ = ['METRICS', 'InputError', 'show_error', 'did_you_mean', 'is_number', 'plain', 'digest', 'derive_seed', 'atomic_path',
-           'write_json', 'score_key', 'name_scores', 'show_score', 'show_value']
+__all__ = ['METRICS', 'InputError', 'show_error', 'no_exit', 'did_you_mean', 'is_number', 'plain', 'digest', 'derive_seed',
+           'atomic_path', 'write_json', 'score_key', 'name_scores', 'show_score', 'show_value']
 
 # %% ../nbs/00_core.ipynb #00core005
 class InputError(ValueError):
@@ -32,6 +32,17 @@ def show_error(
     if code := getattr(function, '__code__', None): places.insert(0, (code.co_filename, code.co_firstlineno))
     said = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
     return said+next((f' ({path}, line {line})' for path, line in reversed(places) if _is_own(path)), '')
+
+# %% ../nbs/00_core.ipynb #00coren14
+@contextlib.contextmanager
+def no_exit(
+    what: str, # For the message
+) -> Iterator[None]:
+    "Leaving Python from inside the block is a `RuntimeError` like others, but Ctrl-C stays Ctrl-C"
+    try: yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt): raise KeyboardInterrupt from error
+        raise RuntimeError(f'{what} left Python with exit code {error.code}') from error
 
 # %% ../nbs/00_core.ipynb #00coren11
 def did_you_mean(

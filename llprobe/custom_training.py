@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
-from .core import InputError, derive_seed, score_key
+from .core import InputError, derive_seed, no_exit, score_key
 from .batches import evaluate, settle_layout
 from .data import Dataset, Split
 from .models import evaluating, import_function
@@ -106,11 +106,8 @@ def _seeded(seed: int) -> Iterator[None]:
         random.setstate(states[1])
 
 def _call(function: TrainingFunction, config: dict, subset: Subset, seed: int) -> Any:
-    "Call the function; leaving Python from inside is an error like others, but Ctrl-C stays Ctrl-C"
-    try: return function(dict(config), subset, seed)
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt): raise KeyboardInterrupt from error
-        raise RuntimeError(f'the training function left Python with exit code {error.code}') from error
+    "Call the function"
+    with no_exit('the training function'): return function(dict(config), subset, seed)
 
 # %% ../nbs/25_custom_training.ipynb #25customtrai010
 def _result(curve: list[dict[str, float]], scores: dict[str, float], n: int, n_val: int, dataset: Dataset) -> TrainResult:

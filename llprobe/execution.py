@@ -4,12 +4,12 @@
 
 # %% ../nbs/42_execution.ipynb #42execution003
 from __future__ import annotations
-import atexit, contextlib, multiprocessing, os, signal, sys, threading, warnings
+import atexit, contextlib, functools, multiprocessing, os, signal, sys, threading, warnings
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from multiprocessing import connection, forkserver
 from typing import Any, Callable, Iterable, Iterator
 from fastcore.basics import patch
-from .core import InputError, show_error
+from .core import InputError, no_exit, show_error
 from .progress import plain_warning
 
 # %% auto #0
@@ -88,16 +88,20 @@ def _failed(error: BaseException) -> Future:
     future.set_exception(error)
     return future
 
+def _run(function: Callable, task: Any) -> Any:
+    "Run a task, wherever that is"
+    with no_exit('it'): return function(task)
+
 def _submit(pool: Executor, function: Callable, task: Any) -> Future:
     "Submit so that a process started now has one thread; never raises"
+    function = functools.partial(_run, function)
     with environment_variables(**_ONE_THREAD):
         try: return pool.submit(function, task)
         except BrokenExecutor as e: return _failed(e)
 
 def _outcome(future: Future) -> Any:
-    "The result, or the exception, once there is one; of code that left Python, a `RuntimeError` that says so"
-    error = future.exception()
-    return RuntimeError(f'it left Python with exit code {error.code}') if isinstance(error, SystemExit) else error or future.result()
+    "The result, or the exception, once there is one"
+    return future.exception() or future.result()
 
 # %% ../nbs/42_execution.ipynb #42execution009
 class _Serial(Executor):
@@ -105,7 +109,7 @@ class _Serial(Executor):
     def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
         future: Future = Future()
         try: future.set_result(fn(*args, **kwargs))
-        except (Exception, SystemExit) as e: return _failed(e)
+        except Exception as e: return _failed(e)
         return future
 
 # %% ../nbs/42_execution.ipynb #42execution00b

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from .core import InputError, derive_seed, is_number, show_error
+from .core import InputError, derive_seed, is_number, no_exit, show_error
 
 # %% auto #0
 __all__ = ['SAMPLEWISE', 'Architecture', 'ARCHITECTURES', 'Dropout', 'simple_cnn', 'mlp', 'resnet', 'import_function',
@@ -128,8 +128,9 @@ def import_function(
 ) -> Callable:
     "The function that a name stands for; `InputError` when there is none"
     module, _, function = name.partition(':')
-    try: found = getattr(importlib.import_module(module), function)
-    except (Exception, SystemExit) as error: # the user's module may raise anything
+    try:
+        with no_exit('it'): found = getattr(importlib.import_module(module), function)
+    except Exception as error: # the user's module may raise anything
         raise InputError(f"{what} {name!r} cannot be imported ({show_error(error)}): check its name and the Python path") from error
     if callable(found): return found
     raise InputError(f"{what} {name!r} is a {type(found).__name__}, not a function")
@@ -252,9 +253,10 @@ def check_architecture(
     n_classes: int,
 ) -> None:
     "Build a network for a try; `InputError` says for which config and where in the user's code that fails"
-    try: build_model(architecture, config, input_shape, n_classes)
+    try:
+        with no_exit('it'): build_model(architecture, config, input_shape, n_classes)
     except InputError: raise
-    except (Exception, SystemExit) as error: # the user's function may raise anything
+    except Exception as error: # the user's function may raise anything
         name = getattr(architecture, '__qualname__', architecture)
         raise InputError(f"architecture {name} fails for the config {config} with {show_error(error, _find(architecture))}: mend it, or the space") from error
 

@@ -37,14 +37,18 @@ class _Watched(dict):
     def __init__(self, config: dict):
         super().__init__(config)
         self.seen: set[str] = set()
-    def __copy__(self) -> _Watched: return self
-    def __getitem__(self, name: str) -> Any: return self.seen.add(name) or super().__getitem__(name)
-    def get(self, name: str, default: Any = None) -> Any: return self.seen.add(name) or super().get(name, default)
-    def __contains__(self, name: object) -> bool: return self.seen.add(name) or super().__contains__(name)
-    def __iter__(self) -> Iterator[str]: return self.seen.update(super().keys()) or super().__iter__()
-    def keys(self) -> Any: return self.seen.update(super().keys()) or super().keys()
-    def values(self) -> Any: return self.seen.update(super().keys()) or super().values()
-    def items(self) -> Any: return self.seen.update(super().keys()) or super().items()
+    def __copy__(self) -> _Watched: return self # as `build_model` copies it
+
+def _noting(method: str, all_names: bool) -> Callable:
+    "A method of dicts that notes the name it is asked for, or all of them"
+    read = getattr(dict, method)
+    def noted(self: _Watched, *arguments: Any) -> Any:
+        self.seen.update(dict.keys(self) if all_names else arguments[:1])
+        return read(self, *arguments)
+    return noted
+
+for _method in ('__getitem__', '__contains__', 'get', 'pop', 'setdefault'): setattr(_Watched, _method, _noting(_method, False))
+for _method in ('__iter__', '__or__', '__ror__', 'copy', 'items', 'keys', 'values'): setattr(_Watched, _method, _noting(_method, True))
 
 def _check_config(s: ProbeSettings, config: dict, dataset: Dataset, watched: _Watched|None = None) -> None: # `watched`: the config as the architecture gets it
     "Raise `InputError` for a config that cannot be trained on these data"
@@ -53,10 +57,9 @@ def _check_config(s: ProbeSettings, config: dict, dataset: Dataset, watched: _Wa
         if values[name] != DEFAULTS[name]: raise InputError(f'{name} changes images only, and {dataset.name} has none, so nothing reads {values[name]!r}: leave {name} out')
     check_architecture(s.architecture or 'simple_cnn', config if watched is None else watched, dataset.input_shape, dataset.n_outputs)
 
-def _warn_of_unread(s: ProbeSettings, configs: list[_Watched]) -> None: # Looked at by the user's function
+def _warn_of_unread(s: ProbeSettings, names: Iterable[str], configs: list[_Watched]) -> None: # Looked at by the user's function
     "What the user's own function reads is known only once it was called, and it may read some names in some cases only"
-    names, seen = {name for config in configs for name in dict.keys(config)}, set(DEFAULTS).union(*(config.seen for config in configs))
-    if unread := sorted(names-seen):
+    if unread := sorted(set(names)-set(DEFAULTS).union(*(config.seen for config in configs))):
         warnings.warn(f'{", ".join(map(repr, unread))} {"was" if len(unread) == 1 else "were"} read neither by {architecture_name(s.architecture)} nor by training{did_you_mean(unread[0], DEFAULTS)}', stacklevel=3)
 
 def check_configs(
@@ -66,10 +69,11 @@ def check_configs(
     space: SearchSpace|None = None, # That they are of, if the ends of its ranges are to be looked at, too
 ) -> None:
     "Raise `InputError` for a config that llprobe's own loop cannot train; warn of a name that nothing read"
-    _check_names(s.architecture or 'simple_cnn', dict.fromkeys(name for config in configs for name in config))
+    names = dict.fromkeys(name for config in configs for name in config)
+    _check_names(s.architecture or 'simple_cnn', names)
     watched = [_Watched(config) for config in configs]
     for config, looked_at in zip(configs, watched): _check_config(s, config, dataset, looked_at)
-    if s.architecture and architecture_hyperparameters(s.architecture) is None: _warn_of_unread(s, watched)
+    if s.architecture and architecture_hyperparameters(s.architecture) is None: _warn_of_unread(s, names, watched)
     for name, hp in space.configspace.items() if space else ():
         example = next((config for config in configs if name in config), None)
         for end in () if example is None or choices_of(hp) else (hp.lower, hp.upper):

@@ -242,10 +242,10 @@ def responses_chart(
 def importance_chart(
     study: StudyReader,
 ) -> go.Figure: # Of a message where there are too few probes
-    "Share of the scores' variation that each hyper-parameter has a part in, ± one deviation"
+    "Share of the scores' variation that each hyper-parameter has a part in, ± one deviation; grey where the forest explains nothing"
     try: table = importance(study.records, study.space).iloc[::-1]
     except InputError as error: return message_chart(str(error))
-    trace = go.Bar(x=plain_numbers(table['mean']), y=show_labels(list(table['hyperparameter'])), orientation='h', marker_color=COLOURS['blue'],
+    trace = go.Bar(x=plain_numbers(table['mean']), y=show_labels(list(table['hyperparameter'])), orientation='h', marker_color=COLOURS['blue' if table.attrs['oob_r2'] > 0 else 'grey'],
                    error_x=dict(array=plain_numbers(table['std']), thickness=1.2, color=INK), hovertemplate='%{y}: %{x:.0%}<extra></extra>')
     return chart_figure([trace], chart_axis('share of the variation', tickformat=PERCENT, rangemode='nonnegative'), chart_axis(type='category'), height=90+26*len(table), meta=_reliability(table.attrs))
 

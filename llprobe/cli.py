@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse, contextlib, importlib.metadata, os, re, sys, time, warnings
 from pathlib import Path
 from typing import Iterator, NoReturn, Sequence
-from .core import InputError, show_value
+from .core import METRICS, InputError, show_score, show_value
 from .execution import prepare_workers
 
 # %% auto #0
@@ -185,7 +185,6 @@ def status(args: argparse.Namespace) -> None:
 def _standing(probes, curves, metric: str): # A frame: a row for each purpose and level
     "How many probes came to what end, and the best of those that went well"
     import pandas as pd
-    from llprobe.core import METRICS
     from llprobe.store import STATUSES
     seen, rows = [status for status in STATUSES if status in {'ok', *probes['status']}], {}
     for key, part in probes.groupby(['purpose', 'level']):
@@ -195,7 +194,6 @@ def _standing(probes, curves, metric: str): # A frame: a row for each purpose an
 
 def _best(part, curves, metric: str) -> str:
     "The best score of whole trainings, or else of paused ones"
-    from llprobe.core import show_score
     whole, paused = part[part['status'] == 'ok'], part[part['status'] == 'paused']
     if len(whole): return show_score(whole['val_score'].max(), metric)
     if not len(paused): return 'none'
@@ -237,14 +235,16 @@ def explain(args: argparse.Namespace) -> None:
     from llprobe.explain import importance, interactions, why_chosen
     from llprobe.space import SearchSpace
     for store, name in _studies(args.out):
-        records, space = store.probes(name), SearchSpace.from_dict(store.study(name)['space'])
+        records, facts = store.probes(name), store.study(name)
+        space = SearchSpace.from_dict(facts['space'])
         table = importance(records, space)
         print('{}: {n_probes} probes at level {level:g}, of whose scores a forest explains {oob_r2:.2f} (R², out of bag)'.format(name, **table.attrs))
         if table.attrs['oob_r2'] <= 0: print('that is no better than guessing: read what follows as a hint at most, and probe more configs')
         _print_frame('share of the variation', table)
         _print_frame('interactions', interactions(records, space).head(5))
         if chosen := (store.result(name) or {}).get('best_config'):
-            _print_frame('chosen config: change of the predicted score with the typical value instead', why_chosen(records, space, chosen))
+            table = why_chosen(records, space, chosen)
+            _print_frame('chosen config: change of the predicted score with the typical value instead', table.assign(change=[show_score(change, facts['metric']) for change in table['change']]))
 
 def _print_frame(title: str, frame) -> None:
     "A table under its title"

@@ -67,7 +67,8 @@ class Dataset:
 
     def __repr__(self) -> str:
         n_test = 'no' if self.test_y is None else len(self.test_y)
-        return (f"Dataset({self.name!r}: {len(self.train_y)} train, {n_test} test, {'×'.join(map(str, self.input_shape))}, "
+        shape = '×'.join(map(str, self.input_shape)) if self.is_image else f'{self.input_shape[0]} features'
+        return (f"Dataset({self.name!r}: {len(self.train_y)} train, {n_test} test, {shape}, "
                 f'{f"{self.n_classes} classes" if self.classes else "a number to predict"}, {self.fingerprint})')
 
 # %% ../nbs/01_data.ipynb #01data007

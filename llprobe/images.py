@@ -4,7 +4,7 @@
 
 # %% ../nbs/00b_images.ipynb #00aimages003
 from __future__ import annotations
-import functools, hashlib, os
+import functools, hashlib, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
@@ -123,6 +123,15 @@ def _check_memory(shape: tuple[int, ...]) -> None:
         raise InputError(f'{shape[0]} images of {shape[3]}×{shape[2]} pixels take {needed:.0f} GiB and this machine has {present:.0f} GiB: '
                          'choose a smaller image_size')
 
+# %% ../nbs/00b_images.ipynb #00aimages01a
+def _common_side(sizes: np.ndarray) -> int|None: # Of `(n, 2)` widths and heights; None where all are the same
+    "The side of the square that images of many sizes are brought to, with a warning that they are"
+    if (sizes == sizes[0]).all(): return None
+    side, areas = min(64, int(np.median(sizes.min(1)))), sizes.prod(1)
+    small, large = ('×'.join(map(str, sizes[i])) for i in (areas.argmin(), areas.argmax()))
+    warnings.warn(f'images differ in size, from {small} to {large} pixels: each is scaled and cropped to a square of {side}', stacklevel=3)
+    return side
+
 # %% ../nbs/00b_images.ipynb #00aimages016
 def decode_images(
     files: Sequence[str], # Paths
@@ -135,7 +144,7 @@ def decode_images(
         raise InputError(f'image_size must be a whole number of pixels, at least 1, got {image_size!r}')
     headers = np.array(sum(_in_batches(_headers, files, n_workers, 'sizes' if progress else ''), []))
     sizes, is_grey = headers[:, :2], bool(headers[:, 2].all())
-    if image_size is None and (sizes != sizes[0]).any(): image_size = min(64, int(np.median(sizes.min(1))))
+    image_size = image_size or _common_side(sizes)
     width, height = (image_size, image_size) if image_size else sizes[0]
     shape = (len(files), 1 if is_grey else 3, int(height), int(width))
     _check_memory(shape)

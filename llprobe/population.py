@@ -15,7 +15,7 @@ from .data import Dataset, cached_file, load_dataset
 from .execution import Workers
 from .models import architecture_hyperparameters, architecture_name, check_architecture, forward_flops
 from .optimization import DEFAULTS, resolve_config
-from .probe import ProbeSettings, ProbeTask, pack_weights, run_probes, task_model, task_split, train_tasks
+from .probe import ProbeSettings, ProbeTask, pack_weights, run_probe_stack, task_model, task_split, train_tasks
 from .space import SearchSpace, choices_of
 from .stack import stack_key
 from .training import TrainResult, resolve_device
@@ -139,11 +139,11 @@ def probe_population(
     "Probe all tasks, those that fit together as stacks"
     again: list[ProbeTask] = []
     groups = [g.tasks for g in plan_groups(tasks, workers.n_workers, method)]
-    for group, result in workers.run(run_probes, groups):
+    for group, result in workers.run(run_probe_stack, groups):
         if not isinstance(result, Exception): yield from zip(group, result)
         elif len(group) > 1: again += group
         else: yield group[0], result
-    for (task,), result in workers.run(run_probes, [(task,) for task in again]):
+    for (task,), result in workers.run(run_probe_stack, [(task,) for task in again]):
         yield task, result if isinstance(result, Exception) else result[0]
 
 # %% ../nbs/43_population.ipynb #43population00c

@@ -16,14 +16,14 @@ from .batches import evaluate
 from .custom_training import run_training
 from .models import build_model
 from .perturbation import probe_responses
-from .sampler import sample_level, sample_order
+from .sampler import INFORMED, sample_level, sample_order
 from .space import config_id
 from .stack import train_stack
 from .training import TrainResult, TrainSettings, isolated, network_samples, resolve_device, train
 
 # %% auto #0
 __all__ = ['FORWARDS_PER_TRAIN_SAMPLE', 'ProbeSettings', 'ProbeTask', 'load_split', 'task_split', 'task_indices',
-           'measured_samples', 'task_model', 'pack_weights', 'train_tasks', 'run_probes', 'run_probe', 'ended',
+           'measured_samples', 'task_model', 'pack_weights', 'train_tasks', 'run_probe_stack', 'run_probe', 'ended',
            'crashed_record', 'full_training_equivalents']
 
 # %% ../nbs/40_probe.ipynb #40probe005
@@ -41,13 +41,15 @@ class ProbeSettings:
     n_response_samples: int = 128             # Training and validation samples the responses are measured on
     training: str|Callable|None = None        # Trains in place of llprobe's loop: 'package.module:function' or a callable, see `custom_training`
 
+    def __post_init__(self) -> None: # so that settings can be keys
+        for name in ('radii', 'sam_radii'): object.__setattr__(self, name, tuple(getattr(self, name)))
+
     @classmethod
     def from_dict(cls,
         values: dict[str, Any], # As a study's database or a table's card holds them
     ) -> ProbeSettings:
         "The settings again; the device is this machine's"
-        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**plain | dict(train=TrainSettings(**values['train'])))
+        return cls(**values | dict(train=TrainSettings(**values['train'])))
 
 @dataclass(frozen=True)
 class ProbeTask:
@@ -77,7 +79,7 @@ def load_split(
 def _level_indices(data_path: str, seed: int, val_fraction: float, test_fraction: float, strategy: str, level: float) -> Tensor:
     "The level's training samples, kept in this process"
     split = load_split(data_path, seed, val_fraction, test_fraction)
-    return sample_level(split.train_y, level, strategy, seed, split.inputs('train')[0])
+    return sample_level(split.train_y, level, strategy, seed, split.inputs('train')[0] if strategy in INFORMED else None)
 
 # %% ../nbs/40_probe.ipynb #40probe008
 def task_split(
@@ -153,7 +155,7 @@ def _finish(task: ProbeTask, model: torch.nn.Module, result: TrainResult) -> dic
     return record | dict(seconds=result.seconds+time.perf_counter()-start)
 
 # %% ../nbs/40_probe.ipynb #40probe00e
-def run_probes(
+def run_probe_stack(
     tasks: Sequence[ProbeTask], # Of one data set, level, seed and settings
 ) -> list[dict[str, Any]]: # Their records
     "`run_probe` for several that are trained together"

@@ -13,7 +13,7 @@ from .core import InputError, derive_seed
 from .data import strata
 
 # %% auto #0
-__all__ = ['STRATEGIES', 'level_size', 'flat_inputs', 'feature_space', 'sample_order', 'sample_level']
+__all__ = ['INFORMED', 'STRATEGIES', 'level_size', 'flat_inputs', 'feature_space', 'sample_order', 'sample_level']
 
 # %% ../nbs/02_sampler.ipynb #02sampler005
 def level_size(
@@ -112,13 +112,14 @@ def _el2n(z: np.ndarray, y: np.ndarray, seed: int, n_networks: int=3) -> np.ndar
     return scores
 
 # %% ../nbs/02_sampler.ipynb #02sampler019
-STRATEGIES = ('random', 'stratified', 'balanced', 'herding', 'kcenter', 'el2n')
+INFORMED = ('herding', 'kcenter', 'el2n') # Look at the inputs
+STRATEGIES = ('random', 'stratified', 'balanced', *INFORMED)
 
 def sample_order(
     y: Tensor, # `(n,)` int64 labels or float32 targets of the training split
     strategy: str='stratified', # One of `STRATEGIES`
     seed: int=0, # The study's
-    x: Tensor|None=None, # `(n, …)` raw inputs, which herding, kcenter and el2n need
+    x: Tensor|None=None, # `(n, …)` raw inputs, which those of `INFORMED` need
 ) -> Tensor: # `(n,)` int64 permutation: the order in which samples join
     "The order whose prefixes are the levels"
     y = strata(torch.as_tensor(y)).numpy()
@@ -126,7 +127,7 @@ def sample_order(
     rng = np.random.default_rng(derive_seed(seed, 'sampler', strategy))
     if strategy == 'random': return torch.from_numpy(rng.permutation(len(y)))
     members = [rng.permutation((y == c).nonzero()[0]) for c in np.unique(y)]
-    if strategy not in ('stratified', 'balanced'):
+    if strategy in INFORMED:
         if x is None or len(x) != len(y): raise InputError(f'strategy {strategy!r} needs the inputs: pass x, one for each of the {len(y)} labels')
         members = _rank(members, strategy, y, x, seed)
     return torch.from_numpy((_merge_balanced if strategy == 'balanced' else _merge_stratified)(members, rng))
@@ -146,7 +147,7 @@ def sample_level(
     level: float, # Fraction of the training split, in (0, 1]
     strategy: str='stratified', # One of `STRATEGIES`
     seed: int=0, # The study's
-    x: Tensor|None=None, # `(n, …)` raw inputs, which herding, kcenter and el2n need
+    x: Tensor|None=None, # `(n, …)` raw inputs, which those of `INFORMED` need
 ) -> Tensor: # `(level_size(level, n),)` int64 indices into the training split
     "The samples of a level; `InputError` when it holds none of some class, or a single sample of a regression"
     size, y = level_size(level, len(y)), torch.as_tensor(y)

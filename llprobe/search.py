@@ -61,6 +61,7 @@ class Search:
         if n_full < 1: raise InputError(f'n_full must be at least 1, got {n_full}')
         if not 0 < promote <= 1: raise InputError(f'promote must be in (0, 1], got {promote:g}')
         if len(configs) < 2: raise InputError(f'a search needs at least 2 configs, got {len(configs)}')
+        if n_full > len(configs): raise InputError(f'n_full must be at most {len(configs)}, the number of configs, got {n_full}')
         self.space, self.configs, self.metamodel = space, {config_id(c): c for c in configs}, metamodel
         self.levels, self.promote, self.data_features, self.n_full = check_levels(levels), promote, data_features, n_full
         self.records: dict[tuple[str, float, str], dict] = {}

@@ -49,7 +49,9 @@ def _range(name: str, low: Any, high: Any=None, log: bool=False) -> Hyperparamet
     low, high = _scalar(name, low), _scalar(name, high)
     if not (is_number(low) and is_number(high)): raise InputError(f"{name} needs numbers for low and high, got {low!r} and {high!r}")
     whole = isinstance(low, int) and isinstance(high, int) and name not in _REAL
+    written = low
     if not whole: low, high = _scalar(name, _real(low)), _scalar(name, _real(high))
+    if log and low == 0 < written: raise InputError(f"{name} has a log range from {written:g}: real numbers keep 13 decimals, so start at 1e-13 or above")
     if low >= high: raise InputError(f"{name} has low {low} and high {high}: low must be below high")
     if log and low <= 0: raise InputError(f"{name} has a log range from {low}: it must start above 0")
     return (UniformIntegerHyperparameter if whole else UniformFloatHyperparameter)(name, low, high, log=log)
@@ -97,7 +99,7 @@ def _accept(hp: Hyperparameter, value: Any) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     if choices := choices_of(hp):
         for choice in choices:
-            if choice == value and (type(choice) is type(value) or is_number(choice) and is_number(value)): return choice
+            if (type(choice) is type(value) or is_number(choice) and is_number(value)) and choice == value: return choice
         allowed = f"one of {', '.join(map(str, choices))}"
     else:
         inside, whole = is_number(value) and hp.lower <= value <= hp.upper, isinstance(hp, UniformIntegerHyperparameter)
@@ -139,12 +141,14 @@ def _configspace(parsed: dict[str, Hyperparameter], when: dict[str, dict[str, li
 def _checked(value: Any) -> dict[str, Any]:
     "A space as a dict, with its two keys"
     if isinstance(value, dict) and set(value) == {'architecture', 'hyperparameters'}: return value
-    raise InputError(f"a space has architecture and hyperparameters and no more, got {list(value) if isinstance(value, dict) else value!r}")
+    raise InputError(f"a space has architecture and hyperparameters and no more, got {list(value) if isinstance(value, dict) else 'nothing' if value is None else repr(value)}")
 
 def _read(hyperparameters: Any) -> tuple[dict[str, Hyperparameter], dict[str, dict[str, list[Any]]]]:
     "Every entry's hyper-parameter, and the conditions of those that have some"
     if not isinstance(hyperparameters, dict) or not hyperparameters or not all(isinstance(name, str) for name in hyperparameters):
         raise InputError(f"hyperparameters must map names to their values, got {hyperparameters!r}")
+    for name in hyperparameters:
+        if '=' in name or name.endswith(':active'): raise InputError(f"{name!r} reads like a column of the encoding: name the hyper-parameter without = and :active")
     parsed = {name: _parse(name, written) for name, written in hyperparameters.items()}
     entries = {name: _entry(name, written) for name, written in hyperparameters.items()}
     return parsed, {name: _when(name, entry['when'], parsed) for name, entry in entries.items() if 'when' in entry}

@@ -480,7 +480,7 @@ def _holder(self: Store, name: str) -> str:
     "One sentence on who drives a study"
     with self._begin() as connection: row = connection.execute(sa.select(DRIVER).where(DRIVER.c.study == storable_text(name))).first()
     who = f'process {row.process_id} on {row.host} since {row.since}' if row else 'another process'
-    return f'study {name!r} is being driven by {who}: wait for it, stop it, or use another name or folder'
+    return f'study {name!r} is being driven by {who}: wait for it (--wait, or wait=True), stop it, or use another name or folder'
 
 # %% ../nbs/41_store.ipynb #41store03d
 @patch_to(Store)

@@ -5,17 +5,17 @@
 # %% ../nbs/21_optimization.ipynb #21optimizati003
 from __future__ import annotations
 import contextlib, math
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 from .augmentation import AUGMENTATIONS
 from .batches import batchnorms
 from .core import InputError, is_number
 from .space import OPTIMIZERS, RANGES
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'SHARPNESS_AWARE', 'AVERAGES', 'DEFAULTS', 'resolve_config', 'trainable', 'make_optimizer',
+__all__ = ['SCHEDULES', 'SHARPNESS_AWARE', 'AVERAGES', 'DEFAULTS', 'passes', 'resolve_config', 'trainable', 'make_optimizer',
            'learning_rate_factor', 'ascended', 'untracked_batchnorm', 'Averaging']
 
 # %% ../nbs/21_optimization.ipynb #21optimizati005
@@ -40,6 +40,12 @@ def _check_number(name: str, value: Any) -> None:
     if name in _POSITIVE and not (is_number(value) and 0 < value < math.inf): raise InputError(f'{name} must be a number above 0, got {value!r}')
     low, high = RANGES[name]
     if not (is_number(value) and low <= value < high): raise InputError(f'{name} must be a number in [{low}, {high}), got {value!r}')
+
+def passes(
+    config: dict, # Hyper-parameters
+) -> int: # 2 with a sharpness-aware step
+    "How many forward and backward passes training takes for each sample of an epoch"
+    return 1 if config.get('sharpness_aware', 'none') == 'none' else 2
 
 def resolve_config(
     config: dict, # Hyper-parameters; names unknown to training are left to the architecture
@@ -116,6 +122,14 @@ def untracked_batchnorm(
         for m in layers: m.track_running_stats = True
 
 # %% ../nbs/21_optimization.ipynb #21optimizati017
+def _exponential(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]: # Of averages, weights, and how many were averaged
+    "An exponential average that forgets faster while it is young, so that a short training has one of its own length"
+    @torch.no_grad()
+    def update(averaged: list[Tensor], weights: list[Tensor], n_averaged: Tensor) -> None:
+        n = int(n_averaged)
+        torch._foreach_lerp_(averaged, weights, 1-min(decay, (1+n)/(10+n)))
+    return update
+
 class Averaging:
     "A second set of weights: the mean of those that the training passes through"
     def __init__(self,
@@ -125,7 +139,7 @@ class Averaging:
     ):
         self.model, self.kind = model, config['averaging']
         self.first_epoch = min(math.floor(config['swa_start']*n_epochs), n_epochs-1)
-        average = get_ema_multi_avg_fn(config['ema_decay']) if self.kind == 'ema' else None
+        average = _exponential(config['ema_decay']) if self.kind == 'ema' else None
         self.averaged = None if self.kind == 'none' else AveragedModel(model, multi_avg_fn=average)
 
     def after_step(self) -> None:

@@ -71,8 +71,8 @@ class Search:
 
     def rung_sizes(self) -> list[int]: # Probes at each level
         "How many configs each level will see"
-        sizes = [len(self.configs)]
-        for _ in self.levels[1:]: sizes.append(math.ceil(self.promote*sizes[-1]))
+        sizes = [len(rung) for rung in self.rungs]
+        for _ in self.levels[len(sizes):]: sizes.append(math.ceil(self.promote*sizes[-1]))
         return sizes
 
 # %% ../nbs/60_search.ipynb #60search008
@@ -100,6 +100,14 @@ def _predict(self: Search, stage: str, level: float = 1.0) -> pd.DataFrame: # Al
     self.metamodel_seconds += time.perf_counter()-start
     return table
 
+@patch(as_prop=True)
+def failed(self: Search) -> set[str]: # Config ids
+    "Configs whose furthest probe crashed or diverged"
+    furthest: dict[str, dict] = {}
+    for r in self.records.values():
+        if r['purpose'] == 'probe' and r['level'] >= furthest.get(r['config_id'], r)['level']: furthest[r['config_id']] = r
+    return {c for c, r in furthest.items() if r['status'] in ('crashed', 'diverged')}
+
 @patch
 def _advance(self: Search) -> bool: # Whether a rung was decided
     "Decide the highest rung if all its probes are in: predict, and promote the best share"
@@ -108,8 +116,9 @@ def _advance(self: Search) -> bool: # Whether a rung was decided
     if not done or _stage(level) in self.predictions: return False
     table = self._predict(_stage(level), level)
     if len(self.rungs) < len(self.levels):
-        best = table.loc[self.rungs[-1], 'mean'].sort_values(ascending=False, kind='stable')
-        self.rungs.append(list(best.index[:self.rung_sizes()[len(self.rungs)]]))
+        best = list(table.loc[self.rungs[-1], 'mean'].sort_values(ascending=False, kind='stable').index)
+        if self.promote < 1: best = [c for c in best if c not in self.failed] or best
+        self.rungs.append(best[:self.rung_sizes()[len(self.rungs)]])
     return True
 
 @patch
@@ -130,8 +139,9 @@ def final_predictions(self: Search) -> pd.DataFrame: # By config_id: mean, std, 
 
 @patch(as_prop=True)
 def favourites(self: Search) -> list[str]: # Config ids
-    "All configs that have a prediction, the predicted best first"
-    return list(self.final_predictions['mean'].sort_values(ascending=False, kind='stable').index)
+    "All configs that have a prediction, the predicted best first and those that failed last"
+    ranked, failed = self.final_predictions['mean'].sort_values(ascending=False, kind='stable').index, self.failed
+    return sorted(ranked, key=lambda c: c in failed)
 
 @patch(as_prop=True)
 def trained(self: Search) -> dict[str, dict]: # Records by config_id, the predicted best first
@@ -148,7 +158,9 @@ def best(self: Search) -> str: # Its config_id
 def _full_trainings(self: Search) -> list[Trial]: # Empty when the best is tested
     "Train the favourites in full; of several, test the best when all are in"
     trained = self.trained
-    wanted = list(dict.fromkeys([*trained, *self.favourites]))[:self.n_full] # what was trained already counts
+    favourites, failed = self.favourites, self.failed
+    promising = [c for c in favourites if c not in failed] or favourites[:1]
+    wanted = list(dict.fromkeys([*trained, *promising]))[:self.n_full] # what was trained already counts
     if missing := [c for c in wanted if c not in trained]: return [Trial(self.configs[c], 1.0, 'final', test=self.n_full == 1) for c in missing]
     found = trained[self.best]
     return [Trial(self.configs[self.best], 1.0, 'final')] if found['status'] != 'crashed' and found['test_score'] is None else []

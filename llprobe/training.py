@@ -17,13 +17,13 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .core import InputError, derive_seed, digest
 from .data import Split, normalise
 from .models import SAMPLEWISE, evaluating
-from .optimization import (Averaging, ascended, learning_rate_factor, make_optimizer, resolve_config, trainable,
+from .optimization import (Averaging, ascended, learning_rate_factor, make_optimizer, passes, resolve_config, trainable,
                                   untracked_batchnorm)
 from .sampler import sample_order
 
 # %% auto #0
-__all__ = ['TrainSettings', 'resolve_device', 'network_input', 'network_samples', 'training_samples', 'batch_indices',
-           'epoch_batches', 'TrainResult', 'is_finite', 'isolated', 'Trainer', 'train']
+__all__ = ['TrainSettings', 'resolve_device', 'network_input', 'network_samples', 'training_samples', 'split_batches',
+           'batch_indices', 'epoch_batches', 'TrainResult', 'is_finite', 'isolated', 'Trainer', 'train']
 
 # %% ../nbs/23_training.ipynb #23training005
 @dataclass(frozen=True)
@@ -84,15 +84,22 @@ def training_samples(
     return tuple(t.to(device) for part, chosen in (('train', indices), ('val', mixed)) for t in split.samples(part, chosen))
 
 # %% ../nbs/23_training.ipynb #23training00b
+def split_batches(
+    x: Tensor, # (n, …)
+    batch_size: int, # Larger than `n` means one batch
+) -> list[Tensor]:
+    "Batches in order, none of a single sample but where there is no other"
+    batches = list(x.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1: batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
 def batch_indices(
     n: int, # Samples in the subset
     batch_size: int, # Larger than `n` means one batch
     generator: torch.Generator,
 ) -> list[Tensor]: # Index tensors that cover range(n) once
     "One epoch's batches in random order"
-    batches = list(torch.randperm(n, generator=generator).split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1: batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
+    return split_batches(torch.randperm(n, generator=generator), batch_size)
 
 # %% ../nbs/23_training.ipynb #23training00e
 def epoch_batches(
@@ -178,7 +185,7 @@ def run_epoch(self: Trainer) -> dict: # epoch, train_loss, val_loss, val_score, 
         scores = self.validate(self.settings.n_curve_samples)
     train_loss, gradient_norm = totals.tolist()
     self.epoch += 1
-    self.train_samples += n*(1 if self.config['sharpness_aware'] == 'none' else 2)
+    self.train_samples += n*passes(self.config)
     self.forward_samples += min(self.settings.n_curve_samples, len(self.val_y))
     seconds = time.perf_counter()-start
     self.seconds += seconds
@@ -232,7 +239,7 @@ def validate(self: Trainer,
 @patch
 def finish(self: Trainer) -> dict[str, float]: # loss, accuracy or r2 … on the whole validation part
     "Put averaged weights in place if the config wants them, and score the model"
-    inputs = (network_input(self.split, x) for x in self.x.split(self.config['batch_size']))
+    inputs = (network_input(self.split, x) for x in split_batches(self.x, self.config['batch_size']))
     with isolated(0, self.device, self.settings.n_threads):
         self.forward_samples += len(self.x) if self.averaging.finish(inputs) else 0
         self.forward_samples += len(self.val_y)

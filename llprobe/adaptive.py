@@ -14,7 +14,7 @@ from .surrogate import FidelityGP, expected_improvement, one_thread
 
 # %% auto #0
 __all__ = ['Rung', 'make_ladder', 'pause_epochs', 'step_cost', 'expected_maximum', 'best_start', 'Step', 'AdaptiveSearch',
-           'normal_quantiles', 'initial_order', 'maximise']
+           'normal_quantiles', 'favoured', 'alternated', 'maximise']
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive005
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class AdaptiveSearch:
         min_improvement: float = 0.0, # Stop when no candidate is expected to improve by more
         full_share: float|None = None, # Of the cost that goes to the highest level, at least, for the candidate predicted to be best there; by default 0.6 without a budget, and 0 within one
         choose_levels: bool = False, # Begin candidates at the rung that a pilot shows to be worth its cost, instead of at the lowest?
+        relative_cost: Sequence[float]|None = None, # (n,) of each candidate's trainings, as multiples of the ladder's cost; by default 1
     ):
         encoded = np.asarray(encoded, float)
         if encoded.ndim != 2 or len(encoded) < 2: raise InputError(f'a search needs at least 2 candidates, got an array of shape {encoded.shape}')
@@ -120,7 +121,9 @@ class AdaptiveSearch:
         self.steps: list[Step] = []
         self.results: dict[int, float] = {} # By step number; NaN for one that diverged
         self.finished, self.gp = False, FidelityGP(d)
-        self.order = initial_order(n, self.n_initial, seed, prior, sources)
+        self.relative_cost = np.ones(n) if relative_cost is None else np.asarray(relative_cost, float)
+        favourites = favoured(self.n_initial, seed, prior, sources)
+        self.order, self.favourites = alternated(favourites, n), set(favourites)
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive00f
 def _fidelity(ladder: Sequence[Rung]) -> np.ndarray: # (rungs, 2)
@@ -135,20 +138,23 @@ def normal_quantiles(
     "Scores as normal quantiles of their ranks, NaN as the worst"
     return norm.ppf((rankdata(np.nan_to_num(values, nan=-np.inf), axis=-1)-0.5)/values.shape[-1])
 
-def initial_order(
-    n: int, # Candidates
-    n_initial: int, # Of the prior's or the other tasks' favourites
-    seed: int, # Of the draws by the prior
-    prior: np.ndarray|None, # (n,) weights above 0
-    sources: np.ndarray|None, # (n,) what other tasks predict, on any scale; goes before the prior
+def favoured(
+    n: int, # How many, at most
+    seed: int = 0, # Of the draws by the prior
+    prior: np.ndarray|None = None, # (m,) weights above 0
+    sources: np.ndarray|None = None, # (m,) what other tasks predict, on any scale; goes before the prior
+) -> list[int]: # The first first; empty with neither
+    "The candidates that other tasks predict to be best, or that the prior draws"
+    if sources is not None: return np.argsort(-sources, kind='stable')[:n].tolist()
+    if prior is None: return []
+    return np.argsort(-(np.log(prior)+np.random.default_rng(derive_seed(seed, 'prior')).gumbel(size=len(prior))))[:n].tolist()
+
+def alternated(
+    favourites: Sequence[int], # Candidates
+    n: int, # Candidates there are
 ) -> list[int]: # All candidates
-    "The pool's own order, with every second one drawn by the prior or taken from the other tasks' best"
-    favoured: list[int] = []
-    if prior is not None:
-        noise = np.random.default_rng(derive_seed(seed, 'prior')).gumbel(size=n)
-        favoured = list(np.argsort(-(np.log(prior)+noise))[:n_initial])
-    if sources is not None: favoured = list(np.argsort(-sources, kind='stable')[:n_initial])
-    mixed = [int(i) for pair in zip(favoured, range(n)) for i in pair]
+    "The pool's own order, with a favourite before each, as long as there are any"
+    mixed = [i for pair in zip(favourites, range(n)) for i in pair]
     return list(dict.fromkeys([*mixed, *range(n)]))
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive011
@@ -180,7 +186,12 @@ def ask(self: AdaptiveSearch) -> list[Step]: # Empty when the search has finishe
 @patch(as_prop=True)
 def spent(self: AdaptiveSearch) -> float: # In full trainings
     "Cost of all steps asked for"
-    return sum(step_cost(self.ladder, s.rung, s.reached) for s in self.steps)
+    return sum(self._cost(s.candidate, s.rung, s.reached) for s in self.steps)
+
+@patch
+def _cost(self: AdaptiveSearch, candidate: int, rung: int, reached: int = -1) -> float: # In full trainings
+    "What a candidate's step costs"
+    return float(self.relative_cost[candidate])*step_cost(self.ladder, rung, reached)
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive012
 @patch
@@ -228,8 +239,9 @@ def _decide(self: AdaptiveSearch, k: int) -> Step|None:
     "The k-th step; None when nothing is left to do"
     pending = {s.candidate: s.rung for s in self.steps[max(0, k-self.lag+1):]}
     begun = {s.candidate for s in self.steps}
-    fresh = [c for c in self.order if c not in begun]
     n_known = max(0, k-self.lag+1)
+    order = self.order if self._trusts(n_known) else range(len(self.order))
+    fresh = [c for c in order if c not in begun]
     if due := self._due(k, n_known, pending): return due
     if self.choose_levels and (pilot := self._pilot()): return self._affordable(k, *pilot)
     if len(begun) < self.n_initial and fresh: return self._affordable(k, fresh[0], self._start(n_known), -1)
@@ -247,6 +259,15 @@ def _decide(self: AdaptiveSearch, k: int) -> Step|None:
     return self._affordable(k, candidate, max(self._towards(int(found[1][best]), stands), self._start(n_known)), stands)
 
 @patch
+def _trusts(self: AdaptiveSearch, n_known: int, enough: int = 3) -> bool:
+    "Have the favourites done at least as well as the others, by their mean quantile after the first look?"
+    first = {s.candidate: self.results[s.number] for s in self._known(n_known) if s.rung == 0}
+    is_favourite = np.array([c in self.favourites for c in first], bool)
+    if is_favourite.sum() < enough or is_favourite.all(): return True
+    quantiles = normal_quantiles(np.array(list(first.values())))
+    return bool(quantiles[is_favourite].mean() >= quantiles[~is_favourite].mean())
+
+@patch
 def _pilot(self: AdaptiveSearch) -> tuple[int, int, int]|None: # Candidate, rung, and the rung it stands on
     "What the pilot asks for next, if anything"
     if self._second is None: return None
@@ -258,7 +279,7 @@ def _pilot(self: AdaptiveSearch) -> tuple[int, int, int]|None: # Candidate, rung
 def _due(self: AdaptiveSearch, k: int, n_known: int, pending: dict[int, int]) -> Step|None:
     "The full training that `full_share` asks for now, if any"
     top, spent = len(self.ladder)-1, [0.0, 0.0] # at lower levels, and at the highest
-    for s in self.steps: spent[self.ladder[s.rung].level == self.ladder[top].level] += step_cost(self.ladder, s.rung, s.reached)
+    for s in self.steps: spent[self.ladder[s.rung].level == self.ladder[top].level] += self._cost(s.candidate, s.rung, s.reached)
     if spent[1]+self.ladder[top].cost > self.full_share*(sum(spent)+self.ladder[top].cost)+1e-9: return None
     table = self.standing(n_known).dropna()
     table = table[(table['rung'] < top) & ~table.index.isin(list(pending))]
@@ -282,8 +303,8 @@ def _towards(self: AdaptiveSearch, target: int, reached: int) -> int: # Rung
 @patch
 def _affordable(self: AdaptiveSearch, k: int, candidate: int, rung: int, reached: int) -> Step|None:
     "The step, if the budget leaves a full training after it"
-    left = self.budget-self.spent-step_cost(self.ladder, rung, reached)
-    enough = left >= self.ladder[-1].cost-1e-9 or (rung == len(self.ladder)-1 and left >= -1e-9)
+    left = self.budget-self.spent-self._cost(candidate, rung, reached)
+    enough = left >= self.relative_cost.max()*self.ladder[-1].cost-1e-9 or (rung == len(self.ladder)-1 and left >= -1e-9)
     return Step(k, candidate, rung, reached) if enough else self._last(k)
 
 @patch
@@ -292,11 +313,11 @@ def _last(self: AdaptiveSearch, k: int) -> Step|None:
     top, n_known = len(self.ladder)-1, k-self.lag+1 if k >= self.lag else k # so few that all can be waited for
     if k < self.lag and len(self.results) < k: return None
     table = self.standing(n_known).dropna()
-    if not self.steps and self.ladder[top].cost <= self.budget+1e-9: return Step(k, self.order[0], top, -1) # the budget is for one training only
+    if not self.steps and self._cost(self.order[0], top) <= self.budget+1e-9: return Step(k, self.order[0], top, -1) # the budget is for one training only
     if not len(table): return None
     best = self._predicted_best(table, n_known, {})
     reached = next(s.rung for s in reversed(self.steps) if s.candidate == best)
-    fits = reached < top and self.spent+step_cost(self.ladder, top, reached) <= self.budget+1e-9
+    fits = reached < top and self.spent+self._cost(best, top, reached) <= self.budget+1e-9
     return Step(k, best, top, reached) if fits else None
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive015
@@ -320,7 +341,7 @@ def _acquisition(self: AdaptiveSearch, n_known: int, pending: dict[int, int], ca
     if self.min_improvement > 0 and expected_improvement(*self.gp.predict(x, self.fidelity[top]), best).max() < self.min_improvement: return None
     target = np.minimum(reached+int(rng.integers(1, top+2)), top)
     value = expected_improvement(*self.gp.predict(x, self.fidelity[target]), best)
-    value = value/[step_cost(self.ladder, self._towards(t, k), k) for t, k in zip(target, reached)]
+    value = value/[self._cost(c, self._towards(t, k), k) for c, t, k in zip(candidates, target, reached)]
     return (value if self.prior is None else value*self.prior[candidates]**(10/len(self._known(n_known)))), target
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive017
@@ -343,7 +364,7 @@ def maximise(
 @patch
 def history(self: AdaptiveSearch) -> pd.DataFrame: # One row a step that was told: candidate, level, epochs, score, spent
     "What was run, in the order in which it was asked for"
-    cost = np.cumsum([step_cost(self.ladder, s.rung, s.reached) for s in self.steps])
+    cost = np.cumsum([self._cost(s.candidate, s.rung, s.reached) for s in self.steps])
     rows = [dict(candidate=s.candidate, level=self.ladder[s.rung].level, epochs=self.ladder[s.rung].epochs, score=self.results[s.number], spent=c)
             for s, c in zip(self.steps, cost) if s.number in self.results]
     return pd.DataFrame(rows, columns=['candidate', 'level', 'epochs', 'score', 'spent'])

@@ -189,10 +189,10 @@ def cost_chart(
     study: StudyReader,
 ) -> go.Figure:
     "Cost in full-training equivalents by part, beside that of training every tried config in full"
-    names, n_tried = ['all in full', 'this study'], study.n_tried
+    names, in_full = ['all in full', 'this study'], study.all_in_full
     traces = [go.Bar(x=plain_numbers([fte]), y=names[1:], orientation='h', name=part, marker_color=colour, hovertemplate=f'{part}: %{{x}} FTE<extra></extra>')
               for (part, fte), colour in zip(cost_parts(study).items(), itertools.cycle(CYCLE))]
-    traces.append(go.Bar(x=[n_tried], y=names[:1], orientation='h', marker_color=QUIET, showlegend=False, hovertemplate=f'{n_tried} configs trained in full<extra></extra>'))
+    traces.append(go.Bar(x=[in_full], y=names[:1], orientation='h', marker_color=QUIET, showlegend=False, hovertemplate='every config trained in full: %{x} FTE<extra></extra>'))
     return chart_figure(traces, chart_axis('full-training equivalents', rangemode='tozero'), chart_axis(type='category'), barmode='stack', height=240, bargap=0.4, legend_traceorder='normal')
 
 # %% ../nbs/76_charts.ipynb #76charts016
@@ -340,7 +340,7 @@ def compare_costs_chart(
 ) -> go.Figure:
     "Cost of each study by part, as a share of training all its configs in full"
     labels, parts = show_labels(study_labels(studies), 28), [cost_parts(s) for s in studies]
-    sizes = [max(len({r['config_id'] for r in s.records}), 1) for s in studies]
+    sizes = [max(s.all_in_full, 1) for s in studies]
     groups = dict(probes=[sum(v for k, v in p.items() if k.startswith('probes')) for p in parts], **{k: [p.get(k, 0.0) for p in parts] for k in ('meta-model', 'full training')})
     traces = [go.Bar(x=plain_numbers(v/n for v, n in zip(values, sizes)), y=labels, customdata=plain_numbers(values), orientation='h', name=name, marker_color=colour, hovertemplate=f'%{{y}}<br>{name}: %{{customdata}} FTE, %{{x}}<extra></extra>')
               for (name, values), colour in zip(groups.items(), CYCLE)]

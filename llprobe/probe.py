@@ -15,6 +15,7 @@ from .data import Split, open_dataset, split_dataset
 from .batches import evaluate
 from .custom_training import run_training
 from .models import build_model
+from .optimization import passes
 from .perturbation import probe_responses
 from .sampler import INFORMED, sample_level, sample_order
 from .space import config_id
@@ -24,7 +25,7 @@ from .training import TrainResult, TrainSettings, isolated, network_samples, res
 # %% auto #0
 __all__ = ['FORWARDS_PER_TRAIN_SAMPLE', 'ProbeSettings', 'ProbeTask', 'load_split', 'task_split', 'task_indices',
            'measured_samples', 'task_model', 'pack_weights', 'train_tasks', 'run_probe_stack', 'run_probe', 'ended',
-           'crashed_record', 'full_training_equivalents']
+           'crashed_record', 'full_training_equivalents', 'relative_costs']
 
 # %% ../nbs/40_probe.ipynb #40probe005
 @dataclass(frozen=True)
@@ -209,3 +210,10 @@ def full_training_equivalents(
     "What the records cost, everything charged, in full trainings of one config"
     samples = sum(r['train_samples']+r['forward_samples']/FORWARDS_PER_TRAIN_SAMPLE for r in records)
     return samples/(n_train*n_epochs)
+
+def relative_costs(
+    configs: Iterable[dict], # Hyper-parameters
+    training: str|Callable|None = None, # As of `ProbeSettings`; of one of the user's all are taken to cost the same
+) -> list[int]: # One each; their sum is the cost of training all in full, validation aside
+    "What a training costs, in full-training equivalents for each whole training part"
+    return [1 if training is not None else passes(config) for config in configs]

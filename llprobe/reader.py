@@ -15,7 +15,7 @@ from .data import Dataset, Split, cache_folder, cached_file, load_dataset, open_
 from .dataset_features import chance_score, part_sizes
 from .features import feature_frame
 from .metamodel import PowerLawModel
-from .probe import ProbeSettings, ProbeTask, ended, full_training_equivalents, pack_weights, task_model, task_split, train_tasks
+from .probe import ProbeSettings, ProbeTask, ended, full_training_equivalents, pack_weights, relative_costs, task_model, task_split, train_tasks
 from .space import SearchSpace, config_id
 from .store import open_store
 from .training import network_samples, resolve_device
@@ -183,9 +183,9 @@ def is_finished(self: StudyReader) -> bool:
     return bool(self.final) and (self.final['test_score'] is not None or self.result is not None)
 
 @patch(as_prop=True)
-def n_tried(self: StudyReader) -> int:
-    "How many configs have a record"
-    return len({r['config_id'] for r in self.records})
+def all_in_full(self: StudyReader) -> int: # In full-training equivalents
+    "What training every config that has a record in full would cost"
+    return sum(relative_costs({r['config_id']: r['config'] for r in self.records}.values(), self.study['settings']['probe'].get('training')))
 
 @patch
 def find_config(self: StudyReader,

@@ -81,7 +81,7 @@ def _remark(study: StudyReader) -> str:
 
 def _cost_text(study: StudyReader) -> str:
     "Spent, and what trying all in full would have taken"
-    return f'{total_cost(study):.2f} of {study.n_tried} FTE'
+    return f'{total_cost(study):.2f} of {study.all_in_full} FTE'
 
 def _study_cards(study: StudyReader) -> list[tuple[str, str]]:
     "The answer at a glance"
@@ -232,7 +232,7 @@ def _compare_page(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[
     rows, charts = [], []
     for study, label, href in zip(studies, study_labels(studies), hrefs):
         show, (mean, std), final = _score(study), _predicted(study, study.best), study.final or {}
-        spent, n = total_cost(study), max(study.n_tried, 1)
+        spent, n = total_cost(study), max(study.all_in_full, 1)
         rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(', '.join(f'{l:g}' for l in study.levels)), _Cell(_methods(study)), _number(mean, show), _number(std, show), _number(final.get('val_score'), show),
                      _number(final.get('test_score'), show), _number(spent, '{:.2f}'.format), _number(spent/n, '{:.0%}'.format)])
     for metric in dict.fromkeys(s.metric for s in studies):

@@ -180,15 +180,16 @@ class BudgetSearch(Search):
         overhead: float = 0.0, # Cost of what each probe pays once, at its end
         final: float = 1.0, # Cost of each full training
         n_full: int = 1, # Configs trained in full, the best of which is chosen and tested
+        relative_cost: Sequence[float]|None = None, # Of each config's trainings; by default 1
         **options: Any, # Of `adaptive.AdaptiveSearch`
     ):
         super().__init__(space, configs, metamodel, levels, 1.0, data_features, n_full)
         if self.levels[-1] == 1: raise InputError('levels must be below 1 within a budget: part of it goes to full trainings anyway')
         ladder = make_ladder(self.levels, epochs, validation, overhead)
-        self.budget, self.last_stage, self.n_epochs, dearest = budget, 'after the budget', max(epochs), ladder[-1].cost
-        if not budget >= (least := n_full*final+dearest):
+        self.budget, self.last_stage, self.n_epochs, dearest = budget, 'after the budget', max(epochs), max(relative_cost or [1])
+        if not budget >= (least := dearest*(n_full*final+ladder[-1].cost)):
             raise InputError(f'budget must be at least {least:.3g}, for one probe at level {max(self.levels):g} and {"the full training" if n_full == 1 else f"{n_full} full trainings"}, got {budget:g}')
-        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-n_full*final, **options)
+        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-dearest*n_full*final, relative_cost=relative_cost, **options)
 
     def rung_sizes(self) -> list[int]: # Empty: it depends on what is found
         "Nothing is planned ahead"

@@ -22,7 +22,7 @@ from .metamodel import PowerLawModel
 from .models import architecture_name, build_model, forward_flops, function_name
 from .optimization import resolve_config
 from .population import METHODS, check_configs, default_workers, probe_population
-from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, ended, full_training_equivalents, load_split, run_probe, task_indices
+from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, ended, full_training_equivalents, load_split, relative_costs, run_probe, task_indices
 from .progress import between_bars, progress_bar
 from .search import BudgetSearch, Search, Trial, check_levels
 from .space import SearchSpace, config_id, default_space
@@ -201,7 +201,7 @@ def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], sp
     model = PowerLawModel(n, chance, **(dict(prior=start.prior) if start and start.prior else {}))
     if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features, settings.full_trainings)
     return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, settings.epochs, *_overheads(split, settings),
-                        settings.full_trainings, seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
+                        settings.full_trainings, relative_costs(configs, settings.probe.training), seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
                         sources=np.array(start.predictions) if start and start.predictions else None)
 
 # %% ../nbs/61_study.ipynb #61study011
@@ -266,11 +266,15 @@ def _fte(study: Study, records: Iterable[dict]) -> float:
     "What records of the study cost, in full-training equivalents"
     return full_training_equivalents(records, len(study.split.train), study.settings.probe.train.n_epochs)
 
+def _relative_costs(study: Study, configs: Iterable[str]) -> list[int]: # Of config ids
+    "What each training costs, as multiples of a plain one"
+    return relative_costs((study.search.configs[c] for c in configs), study.settings.probe.training)
+
 def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For the bar's `show`; probes that run side by side, if that is known
     "How far the probes are, and how fast they go by their own clocks"
     records, sizes, levels = [r for r in study.search.records.values() if r['purpose'] == 'probe'], study.search.rung_sizes(), study.settings.levels
     spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), sum(_overheads(study.split, study.settings)[:2])
-    left = sum((size-done[level])*(level+overhead) for level, size in zip(levels, sizes))
+    left = np.mean(_relative_costs(study, study.search.configs))*sum((size-done[level])*(level+overhead) for level, size in zip(levels, sizes))
     planned = spent+left if sizes else max(spent, study.search.adaptive.budget)
     scores = [r['val_score'] for r in records if r['status'] in ('ok', 'paused')]
     seconds = sum(r['seconds'] for r in records)
@@ -282,9 +286,10 @@ def _dear(study: Study) -> str: # Empty if the search is worth it
     "A word before a search that is expected to cost more than what it saves"
     sizes = study.search.rung_sizes()
     if not sizes or study.store.probes(study.name): return ''
-    planned = min(study.settings.full_trainings, sizes[0])+_standing(study)['total']
-    if planned <= sizes[0]: return ''
-    return (f'expected cost: {planned:.3g} full trainings, more than the {sizes[0]} of training all configs in full, '
+    in_full = sum(_relative_costs(study, study.search.configs))
+    planned = study.settings.full_trainings*in_full/sizes[0]+_standing(study)['total']
+    if planned <= in_full: return ''
+    return (f'expected cost: {planned:.3g} full trainings, more than the {in_full} of training all configs in full, '
             'since validation and responses weigh much beside short trainings: fewer levels, more epochs or a budget make it worth while')
 
 # %% ../nbs/61_study.ipynb #61study017
@@ -468,7 +473,7 @@ def run_probes(
         return result
 
 # %% ../nbs/61_study.ipynb #61study020
-def _n_tried(study: Study) -> int: return len({config for config, *_ in study.search.records})
+def _tried(study: Study) -> set[str]: return {config for config, *_ in study.search.records} # Config ids
 
 def _cost(study: Study) -> dict[str, Any]:
     "What the study cost, in full-training equivalents and in seconds of one worker"
@@ -480,7 +485,7 @@ def _cost(study: Study) -> dict[str, Any]:
     earlier = study.store.result(study.name) # run again, a finished study keeps what was measured first
     if earlier and earlier['cost']['seconds']['final'] == seconds['final']: seconds['metamodel'] = earlier['cost']['seconds']['metamodel']
     fte['metamodel'] = seconds['metamodel']*fte['probe']/max(seconds['probe'], 1e-9)
-    return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(_n_tried(study))),
+    return dict(fte=fte | dict(total=sum(fte.values()), all_configs_in_full=float(sum(_relative_costs(study, _tried(study))))),
                 seconds=seconds | dict(total=sum(seconds.values())))
 
 # %% ../nbs/61_study.ipynb #61study021
@@ -504,7 +509,7 @@ def _facts(study: Study) -> dict[str, Any]:
     "What was run, on what"
     s, dataset = study.settings, study.split.dataset
     return dict(dataset=dataset.name, fingerprint=dataset.fingerprint, metric=dataset.metric, study=study.name, levels=list(s.levels), seed=s.seed,
-                n_configs=_n_tried(study), n_epochs=s.probe.train.n_epochs, n_train=len(study.split.train),
+                n_configs=len(_tried(study)), n_epochs=s.probe.train.n_epochs, n_train=len(study.split.train),
                 architecture=s.to_dict()['probe']['architecture'], settings=s.to_dict(), versions=versions(),
                 hardware=hardware(s.probe.train.device))
 

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Iterable, Sequence
 import numpy as np, pandas as pd
-from .adaptive import initial_order, normal_quantiles
+from .adaptive import alternated, favoured, normal_quantiles
 from .core import InputError, digest, write_json
 from .dataset_features import chance_score, part_sizes
 from .features import fidelities
@@ -190,4 +190,4 @@ def warm_design(
 ) -> list[dict]: # n configs
     "The sources' best and the design's first, in turn"
     ranks = normal_quantiles(np.array(start.predictions)).mean(0) if start.predictions else None
-    return [candidates[i] for i in initial_order(len(candidates), n, 0, None, ranks)[:n]]
+    return [candidates[i] for i in alternated(favoured(n, sources=ranks), len(candidates))[:n]]

@@ -120,7 +120,8 @@ def test_a_study_in_80_columns_says_that_workers_start_then_the_best_and_the_tim
     assert len(bars) == 2 and re.search(r'probes 6/6 \(.* FTE\) 100%\|', bars[0]) and '2/2 epochs 100%|' in bars[1]
     frames = [frame for frame in re.split('[\r\n]', text) if 'probes ' in frame and '%|' in frame]
     assert any(re.search(r'level 0\.1, probes 0/6 .*workers start \[00:0\d<\?\]$', frame) for frame in frames)
-    assert len(frames) > 5 and all(re.search(r'█.*\| best [\d.]+% \[[\d:]+<[\d:]+\]$', frame) for frame in frames[-5:])
+    begun = [frame for frame in frames if '█' in frame]  # how many depends on the machine
+    assert len(begun) > 1 and all(re.search(r'█.*\| best [\d.]+% \[[\d:]+<[\d:]+\]$', frame) for frame in begun)
 
 
 CELL = LOOP.format(seconds=0.05)+'print("do"+"ne")'

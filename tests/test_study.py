@@ -345,6 +345,15 @@ def broken_or_without_numbers(config, input_shape, n_classes):
     return (always_broken if config['width'] == 1 else without_numbers)(config, input_shape, n_classes)
 
 
+def test_a_budget_holds_where_some_trainings_cost_twice_as_much(tmp_path):
+    space = SearchSpace('mlp', dict(width=[16, 32], learning_rate=dict(low=0.01, high=0.3, log=True), sharpness_aware=['none', 'sam']))
+    settings = StudySettings(levels=(0.1, 0.2), budget=4, probe=ProbeSettings(train=TrainSettings(n_epochs=4)))
+    out = run_study('digits', tmp_path/'out', space, settings, n_workers=1, progress=False)
+    fte = out['cost']['fte']
+    assert 2 < fte['probe']+fte['final'] <= 4
+    assert out['n_configs'] < fte['all_configs_in_full'] < 2*out['n_configs']
+
+
 @pytest.mark.parametrize('architecture, budget, message', [
     (without_numbers, None, '^all 8 probes at level 0.1 diverged: lower the learning rates'),
     (broken_or_without_numbers, None, '^all 8 probes at level 0.1 crashed or diverged, the first crash with .*no such'),

@@ -106,7 +106,7 @@ class Explorer:
         folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
         if not folders: raise InputError('there is nothing to explore: give the folder of a study, or several')
         self.studies, self.live_seconds = [read_study(folder, data) for folder in folders], live_seconds
-        self.study, self.brushed, self._quiet, self._lock = self.studies[0], None, False, threading.RLock()
+        self.study, self.brushed, self._quiet, self._lock, self._following = self.studies[0], None, False, threading.RLock(), None
         self._jobs = NewestJob(lambda error: self._say(self.landscape_text, str(error), error=True))
         self._make_widgets()
         self._open(self.study)
@@ -160,7 +160,7 @@ def _make_widgets(self: Explorer) -> None:
 def _observe(self: Explorer) -> None:
     "Connect the controls"
     self.study_picker.observe(lambda change: self._open(self.studies[change['new']]), 'value')
-    self.live.observe(lambda change: change['new'] and threading.Thread(target=self._watch, daemon=True).start(), 'value')
+    self.live.observe(self._follow, 'value')
     self.level.observe(self._draw_ranking, 'value')
     self.config.observe(self._focus, 'value')
     for control in (self.trained_at, self.kind, self.dimensions, self.radius, self.directions, self.part): control.observe(self._draw_landscape, 'value')
@@ -187,7 +187,7 @@ def _draw_study(self: Explorer) -> None:
         self.level.options = [(f'{l:g}', l) for l in levels] or [('0', 0.0)]
         self.level.value = level if level in levels[:-1] else self.level.options[-1][1]
         self.config.options = [(f'{i+1}. {c[:8]}' if c in ranked else f'{c[:8]}, paused', c) for i, c in enumerate(shown)] or [('none yet', '')]
-        self.config.value = config if config in shown else (study.best or '')
+        self.config.value = config if config in shown else study.best if study.best in shown else self.config.options[0][1]
         self.parallel.show(parallel_chart(study))
         self.timeline.show(timeline_chart(study))
 
@@ -276,8 +276,9 @@ def _make_what_if(self: Explorer) -> None:
     except InputError as error:
         self.what_if, self.sliders, self.what_if_box.children = None, {}, ()
         return self._say(self.what_if_text, str(error), error=True)
-    self.sliders = {name: _control(widgets.SelectionSlider, name, options=[(show_value(v), v) for v in values])
-                    for name in space.names if len(values := values_of(space, name)) > 1}
+    self.choices = {name: values_of(space, name) for name in space.names}
+    self.sliders = {name: _control(widgets.SelectionSlider, name, options=[(show_value(v), i) for i, v in enumerate(values)])
+                    for name, values in self.choices.items() if len(values) > 1} # a slider's value is a place, since values may be null, or words beside numbers
     self.varied = max(self.sliders, key=lambda name: getattr(space.configspace[name], 'log', False), default=None) # such as the learning rate
     self.what_if_box.children = tuple(self.sliders.values())
     for name, slider in self.sliders.items(): slider.observe(lambda change, name=name: self._vary(name), 'value')
@@ -286,10 +287,11 @@ def _make_what_if(self: Explorer) -> None:
 def _set_what_if(self: Explorer, config: str) -> None:
     "Put the sliders where a config is"
     with self._silence():
-        for name, slider in self.sliders.items():
-            values = [v for _, v in slider.options]
-            if (value := self.study.configs.get(config, {}).get(name)) is None: continue
-            slider.index = int(np.argmin([abs(v-value) for v in values])) if isinstance(value, (int, float)) and not isinstance(value, bool) else values.index(value)
+        own = self.study.configs.get(config, {})
+        for name in self.sliders.keys() & own.keys():
+            values, value = self.choices[name], own[name]
+            is_range = hasattr(self.study.space.configspace[name], 'lower')
+            self.sliders[name].index = int(np.argmin([abs(v-value) for v in values])) if is_range else values.index(value)
     if self.sliders: self._vary(self.varied)
 
 @patch
@@ -297,7 +299,7 @@ def _vary(self: Explorer, name: str) -> None:
     "Predict for the sliders' config, and along the one that moved"
     if self._quiet: return
     self.varied, space = name, self.study.space
-    values = {n: self.sliders[n].value if n in self.sliders else values_of(space, n)[0] for n in space.names}
+    values = {n: choices[self.sliders[n].index if n in self.sliders else 0] for n, choices in self.choices.items()}
     config, metric = complete(space, values), self.study.metric
     for n, slider in self.sliders.items(): slider.disabled = n not in config
     [row] = self.what_if.predict([config]).to_dict('records')
@@ -316,9 +318,15 @@ def update(self: Explorer) -> bool: # Whether anything was new
     return True
 
 @patch
-def _watch(self: Explorer) -> None:
+def _follow(self: Explorer, change: Any) -> None:
+    "Begin to watch, or end it"
+    self._following = following = threading.Event() if change['new'] else None # an earlier thread ends where it sees another's
+    if following: threading.Thread(target=self._watch, args=(following,), name='live', daemon=True).start()
+
+@patch
+def _watch(self: Explorer, following: threading.Event) -> None:
     "Read the study again and again while `live` is ticked"
-    while self.live.value:
+    while self._following is following:
         try: self.update()
         except Exception as error: self._say(self.headline, f'the study cannot be read: {error}', error=True)
         time.sleep(self.live_seconds)

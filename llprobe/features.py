@@ -74,7 +74,7 @@ def feature_frame(
         row |= {f'hp_{name}': value for name, value in zip(space.encoded_names, values)}
         row |= curve_features(record['curve']) | response
         rows.append(row | {f'data_{name}': value for name, value in (data_features or {}).items()})
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows, columns=None if rows else ['config_id', 'level', 'purpose', 'status', 'val_score'])
     columns = feature_columns(frame)
     frame[columns] = frame[columns].astype(float).replace([np.inf, -np.inf], np.nan)
     return frame

@@ -36,7 +36,7 @@ def log_odds_error(
     chance: float, # Score of chance: 1/n_classes of an accuracy, 0 of R²
 ) -> tuple[np.ndarray, np.ndarray]: # z, its variance
     "The error's odds against that of chance, in logarithm: the scale on which a learning curve is a line near chance too"
-    worst, margin = 1-chance, 0.5/n_samples
+    worst, margin = 1-chance, min(0.5/n_samples, (1-chance)/4) # the bound is for a handful of samples
     error = (1-np.asarray(score, float)).clip(margin, worst-margin)
     slope = 1/error+1/(worst-error)
     variance = error*(1-error) if chance else 4*(1-error)*error**2 # times n: binomial, or of R²

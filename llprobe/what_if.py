@@ -8,7 +8,7 @@ from typing import Any, Sequence
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from scipy.stats import norm
 from ConfigSpace.hyperparameters import UniformFloatHyperparameter
-from .core import InputError
+from .core import InputError, is_number
 from .features import fidelities
 from .metamodel import log_odds_error, score_at
 from .model_charts import chart_axis, chart_figure, score_axis
@@ -74,7 +74,7 @@ class WhatIf:
         "The prediction along one hyper-parameter"
         positions = values_of(self.space, name, n)
         table = self.predict([complete(self.space, values | {name: v}) for v in positions])
-        table.insert(0, 'value', pd.Series(positions, dtype=object if isinstance(positions[0], str) else None))
+        table.insert(0, 'value', pd.Series(positions, dtype=None if all(map(is_number, positions)) else object))
         return table
 
 # %% ../nbs/83_what_if.ipynb #83whatif00c

@@ -4,7 +4,7 @@
 
 # %% ../nbs/72_comparison.ipynb #72comparison003
 from __future__ import annotations
-import itertools, math, re
+import functools, itertools, math, re
 from pathlib import Path
 from typing import Any, Sequence
 import numpy as np, pandas as pd
@@ -53,9 +53,10 @@ def _done(path: Path) -> list[pd.DataFrame]:
     "What an earlier call left"
     return [pd.read_csv(path)] if path.exists() else []
 
-def _path(folder: str|Path, name: str, table: ReplayTable, budgets: list[float]) -> Path:
-    "The file of a method on a table"
-    return Path(folder)/name/f'{re.sub(r"[^A-Za-z0-9_-]", "_", table.name)}-{digest([table.digest, budgets])[:8]}.csv'
+def _path(folder: str|Path, name: str, method: Method, table: ReplayTable, budgets: list[float]) -> Path:
+    "The file of a method, with what it was given, on a table"
+    given = (method.args, method.keywords) if isinstance(method, functools.partial) else ()
+    return Path(folder)/name/f'{re.sub(r"[^A-Za-z0-9_-]", "_", table.name)}-{digest([table.digest, budgets, given])[:8]}.csv'
 
 # %% ../nbs/72_comparison.ipynb #72comparison009
 def replay(
@@ -69,7 +70,7 @@ def replay(
     "Play all methods on all tables with all seeds, and go on where an earlier call stopped"
     budgets, files, tasks = sorted(map(float, budgets)), {}, []
     for (name, method), table in itertools.product(methods.items(), tables):
-        path = _path(folder, name, table, budgets)
+        path = _path(folder, name, method, table, budgets)
         files[name, table.name] = path, (frames := _done(path))
         seen = {seed for frame in frames for seed in frame['seed']}
         tasks += [(name, method, table, budgets, int(seed)) for seed in seeds if seed not in seen]

@@ -4,14 +4,14 @@
 
 # %% ../nbs/00_core.ipynb #00core003
 from __future__ import annotations
-import contextlib, difflib, hashlib, json, os, re, sysconfig, tempfile, traceback
+import contextlib, difflib, errno, hashlib, json, os, re, sysconfig, tempfile, traceback
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 
 # %% auto #0
 __all__ = ['METRICS', 'InputError', 'show_error', 'no_exit', 'did_you_mean', 'is_number', 'plain', 'digest', 'derive_seed',
-           'atomic_path', 'write_json', 'score_key', 'name_scores', 'show_score', 'show_value']
+           'writable_folder', 'atomic_path', 'write_json', 'score_key', 'name_scores', 'show_score', 'show_value']
 
 # %% ../nbs/00_core.ipynb #00core005
 class InputError(ValueError):
@@ -87,6 +87,19 @@ def derive_seed(
 ) -> int: # In [0, 2**63)
     "A seed that depends on all `parts` and on nothing else"
     return int(digest(list(parts)), 16) >> 1
+
+# %% ../nbs/00_core.ipynb #00coren20
+def writable_folder(
+    path: str|Path, # It need not exist
+) -> Path: # Absolute
+    "See that a folder can be written or made, without making it; `InputError` says why not"
+    path = Path(path).expanduser().absolute()
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    try:
+        if not nearest.stat().st_mode & 0o222: raise PermissionError(errno.EACCES, f'{nearest} is read-only')
+        with tempfile.TemporaryFile(dir=nearest): pass
+    except OSError as e: raise InputError(f'{path} cannot be written ({e.strerror or e}): choose another folder') from None
+    return path.resolve()
 
 # %% ../nbs/00_core.ipynb #00core00f
 @contextlib.contextmanager

@@ -105,8 +105,18 @@ def _dataset(name: str, tensors: dict[str, Tensor], classes: Sequence[str], task
                    _fingerprint(tensors, classes), task)
 
 # %% ../nbs/01_data.ipynb #01data00b
+def _of_pandas(values: Any) -> np.ndarray:
+    "Of a frame or series; floats where numbers, booleans and missing values are mixed"
+    import pandas as pd
+    if (array := np.asarray(values)).dtype.kind != 'O': return array
+    columns = values if isinstance(values, pd.DataFrame) else pd.DataFrame(values)
+    words = [name for name in columns if not pd.api.types.is_numeric_dtype(columns[name])] # booleans are numeric
+    if words and isinstance(values, pd.DataFrame): raise InputError(f'the columns {", ".join(map(str, words))} hold no numbers: encode them, such as with pandas.get_dummies, or leave them out')
+    return array if words else values.to_numpy(dtype=float, na_value=np.nan)
+
 def _as_numpy(values: Any) -> np.ndarray:
     "A NumPy array of a tensor, array, frame or list"
+    if hasattr(values, 'to_numpy'): return _of_pandas(values)
     if not isinstance(values, Tensor): return np.asarray(values)
     values = values.detach().cpu()
     return (values.float() if values.is_floating_point() else values).numpy()
@@ -127,11 +137,17 @@ def _as_inputs(values: Any, what: str) -> Tensor:
 # %% ../nbs/01_data.ipynb #01data00c
 def _as_features(x: np.ndarray, what: str) -> Tensor:
     "Finite float32"
-    with np.errstate(over='ignore'): x = x.astype(np.float32)
-    if not np.isfinite(x).all():
-        row, column = np.argwhere(~np.isfinite(x))[0]
-        raise InputError(f'{what} holds {x[row, column]} in row {row}, column {column}: fill in or drop what is missing or infinite')
-    return torch.from_numpy(x)
+    with np.errstate(over='ignore'): single = x.astype(np.float32)
+    if not np.isfinite(single).all():
+        row, column = np.argwhere(~np.isfinite(single))[0]
+        raise InputError(f'{what} holds {single[row, column]} in row {row}, column {column}: fill in or drop what is missing or infinite')
+    for column in np.flatnonzero(_is_too_fine(x)): warnings.warn(f'column {column} of {what} varies by {np.ptp(x[:, column]):g} about {x[0, column]:g}, finer than float32 can tell: subtract its mean first', stacklevel=4)
+    return torch.from_numpy(single)
+
+def _is_too_fine(x: np.ndarray) -> np.ndarray: # (…,) booleans for (n, …)
+    "Do values differ by less than a hundred steps of float32 about them?"
+    span = np.ptp(x.astype(np.float64), axis=0)
+    return (span > 0) & (span < 100*np.spacing(np.abs(x).max(0).astype(np.float32)))
 
 def _as_pixels(x: np.ndarray, what: str) -> Tensor:
     "uint8; floats in [0, 1] are scaled to 0 … 255"
@@ -170,6 +186,7 @@ def _as_targets(y: Any, n: int, what: str) -> Tensor:
     if not (finite := np.isfinite(targets)).all():
         row = int((~finite).argmax())
         raise InputError(f'{what} holds {y[row]} in row {row}: drop what is missing, infinite or beyond the range of float32')
+    if _is_too_fine(y): raise InputError(f'{what} varies by {np.ptp(y):g} about {y[0]:g}, finer than float32 can tell: subtract the mean first')
     return torch.from_numpy(targets)
 
 def _check_task(task: str, classes: Sequence[str]|None) -> None:

@@ -67,7 +67,7 @@ def data_features(
     chosen = sample_order(y, 'stratified', derive_seed(seed, 'data features'))[:n_samples]
     flat, targets = flat_inputs(x[split.train[chosen]]), y[chosen]
     shape, scale = split.dataset.input_shape, 255 if split.dataset.is_image else 1
-    with np.errstate(invalid='ignore'): pca = PCA(svd_solver='covariance_eigh').fit(flat.astype(np.float64))
+    with np.errstate(invalid='ignore'): pca = PCA(svd_solver='covariance_eigh' if flat.shape[1] <= len(flat) else 'full').fit(flat.astype(np.float64))
     explained = np.nan_to_num(np.cumsum(pca.explained_variance_ratio_))
     z = pca.transform(flat)[:, :64]
     half = stratified_mask(strata(targets).numpy(), len(targets)//2, np.random.default_rng(derive_seed(seed, 'landmarks')))

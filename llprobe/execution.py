@@ -13,7 +13,7 @@ from .core import InputError, no_exit, show_error
 from .progress import plain_warning
 
 # %% auto #0
-__all__ = ['environment_variables', 'prepare_workers', 'process_pool', 'WorkerDied', 'Workers']
+__all__ = ['environment_variables', 'prepare_workers', 'end_if_imported', 'process_pool', 'WorkerDied', 'Workers']
 
 # %% ../nbs/42_execution.ipynb #42execution005
 _THREAD_VARIABLES = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')
@@ -74,10 +74,17 @@ def prepare_workers(
     atexit.register(_end_fork_server)
     return True
 
+_NO_GUARD = 78 # Exit code; BSD's EX_CONFIG
+
+def end_if_imported() -> None:
+    "End a worker that imports its driver's script and comes to the call that started it; the driver then says so"
+    if getattr(multiprocessing.current_process(), '_inheriting', False): os._exit(_NO_GUARD)
+
 def process_pool(
     n_workers: int, # Processes, each with one thread
 ) -> ProcessPoolExecutor:
     "A pool of processes for PyTorch on a CPU"
+    end_if_imported()
     context = multiprocessing.get_context('forkserver' if prepare_workers() else 'spawn')
     return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker, initargs=(os.environ | _ONE_THREAD, warnings.showwarning is plain_warning))
 
@@ -163,7 +170,7 @@ def run(self: Workers,
     function: Callable[[Any], Any], # Importable by the workers
     tasks: Iterable[Any], # Its arguments, picklable
 ) -> Iterator[tuple[Any, Any]]: # (task, result or exception) in the order of completion
-    "Run all tasks; one whose worker died twice gives `WorkerDied`, and an `executor` that breaks raises `InputError`"
+    "Run all tasks; one whose worker died twice gives `WorkerDied`, and an `executor` that breaks raises `InputError`, as does a script without `if __name__ == '__main__':`"
     source = iter(tasks)
     if self.executor is not None: yield from self._run_elsewhere(function, source)
     elif self.n_workers == 1: yield from _stream(_Serial(), function, source, 1)
@@ -185,6 +192,8 @@ def _run_in_pool(self: Workers, function: Callable, source: Iterator) -> Iterato
             if isinstance(result, BrokenExecutor): suspects.append(task)
             else: yield task, result
         if not suspects: return
+        if any(process.exitcode == _NO_GUARD for process in list((self._pool._processes or {}).values())):
+            raise InputError("worker processes import the script that starts them, and it starts them again: put what it does below if __name__ == '__main__':, or give n_workers=1")
         self.close()
         while suspects:
             task, result = next(_stream(self._open_pool(), function, iter([suspects.pop(0)]), 1))

@@ -37,7 +37,8 @@ def _rows(records: Iterable[dict], level: float|None) -> tuple[list[dict], np.nd
     common = min((len(r['curve']) for r in probes if r['status'] == 'paused'), default=0) # epochs, so that all are compared alike
     seen = [r['curve'][common-1] if 0 < common <= len(r['curve']) else r for r in probes]
     scores = np.array([np.nan if r['val_score'] is None else r['val_score'] for r in seen], float)
-    scores = np.where(np.isfinite(scores), scores, scores[np.isfinite(scores)].min(initial=np.inf)).clip(-1)
+    failed = np.array([r.get('status') == 'diverged' for r in seen]) | ~np.isfinite(scores) # no better than any other, nor than chance, which is what is recorded
+    scores = np.where(failed, scores[np.isfinite(scores)].min(initial=np.inf), scores).clip(-1)
     if len(set(scores)) == 1:
         raise InputError(f'all {len(probes)} probes at level {level:g} scored alike: there is nothing to explain')
     return [r['config'] for r in probes], scores, level

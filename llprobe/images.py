@@ -26,8 +26,12 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _images_below(folder: Path) -> list[str]:
     "Paths of visible image files at any depth, sorted"
-    found = []
+    found, seen = [], set()
     for here, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen: # by a link, perhaps to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith('.')]
         found += [os.path.join(here, name) for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.')]
     return sorted(found)

@@ -144,7 +144,8 @@ def _timeline(self: StudyReader) -> pd.DataFrame: # One row a record: config_id,
     rows = [{k: r[k] for k in keys} | dict(epochs=len(r['curve']), fte=self.fte(r), finished_at=finished[r['config_id'], r['level'], r['purpose']]) for r in self.records]
     table = pd.DataFrame(rows, columns=[*keys, 'epochs', 'fte', 'finished_at']).astype(dict.fromkeys(('level', 'val_score', 'seconds', 'fte'), float)) # also when there is none
     table = table.sort_values('finished_at', kind='stable', ignore_index=True)
-    return table.assign(spent=table['fte'].cumsum(), best=table.groupby('level')['val_score'].cummax())
+    scores = table['val_score'].where(table['status'].isin(('ok', 'paused')))
+    return table.assign(spent=table['fte'].cumsum(), best=scores.groupby(table['level']).transform(lambda s: s.cummax().ffill()))
 
 # %% ../nbs/75_reader.ipynb #75reader00b
 @patch

@@ -37,7 +37,7 @@ class ReplayTable:
     @property
     def digest(self) -> str: # 16 hexadecimal digits
         "Names the table by its content"
-        return digest([self.name, self.names, self.floor, *(np.round(np.nan_to_num(a, nan=-1e30), 6).tobytes().hex() for a in (self.encoded, self.score, self.cost))])
+        return digest([self.name, self.names, self.floor, *(np.round(np.nan_to_num(a, nan=-1e30), 6).tobytes().hex() for a in (self.encoded, self.score, self.levels, self.epochs, self.cost))])
 
 # %% ../nbs/62_replay.ipynb #62replay007
 def _check(table: ReplayTable) -> None:

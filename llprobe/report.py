@@ -12,7 +12,7 @@ import jinja2, markupsafe, plotly.graph_objects as go, plotly.offline
 from .charts import (compare_chart, compare_costs_chart, config_curves_chart, cost_chart, curves_chart, importance_chart, interactions_chart,
                             levels_chart, lowest_level, parallel_chart, ranking_chart, responses_chart, study_labels, timeline_chart, total_cost)
 from .adaptive import pause_epochs
-from .core import METRICS, atomic_path, show_score
+from .core import METRICS, atomic_path, show_score, writable_folder
 from .details import Details, shown_record, study_details
 from .evaluation import targets_chart
 from .metamodel import is_vague
@@ -307,6 +307,7 @@ def write_report(
 ) -> Path: # Its index.html; raises `InputError` for a folder without a study
     "Write the site of some studies"
     folders = [folders] if isinstance(folders, (str, Path)) else list(dict.fromkeys(map(str, folders)))
+    writable_folder(out)
     studies = [read_study(folder) for folder in folders]
     steps, n = itertools.count(), len(studies)
     with progress_bar('report', 2*n, show=progress and n > 1) as bar:

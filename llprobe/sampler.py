@@ -69,7 +69,7 @@ def feature_space(
     from sklearn.decomposition import PCA
     flat = flat_inputs(x)
     fitted = np.sort(np.random.default_rng(derive_seed(seed, 'feature space')).permutation(len(flat))[:10_000])
-    pca = PCA(min(n_components, len(fitted), flat.shape[1]), svd_solver='covariance_eigh')
+    pca = PCA(min(n_components, len(fitted), flat.shape[1]), svd_solver='covariance_eigh' if flat.shape[1] <= 1000 else 'randomized', random_state=derive_seed(seed, 'components') % 2**32)
     with np.errstate(invalid='ignore'): pca.fit(flat[fitted]) # constant inputs have no variance to explain
     return pca.transform(flat).astype(np.float32)
 

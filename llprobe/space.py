@@ -4,7 +4,7 @@
 
 # %% ../nbs/10_space.ipynb #10space003
 from __future__ import annotations
-import html, itertools, json, math, re
+import functools, html, itertools, json, math, re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -418,6 +418,13 @@ class _Dumper(yaml.SafeDumper):
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+$'), list('-+0123456789'))
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    "A mapping of JSON in which a repeated key is an error"
+    keys = [key for key, _ in pairs]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice: raise ValueError(f'{twice[0]!r} stands twice')
+    return dict(pairs)
+
 def _save(space: SearchSpace, path: str|Path) -> None:
     if Path(path).suffix == '.json': return write_json(path, space.to_dict())
     if Path(path).suffix not in ('.yaml', '.yml'): raise InputError(f"{path} must end in .yaml, .yml or .json")
@@ -430,7 +437,7 @@ def load_space(
 ) -> SearchSpace:
     "Read a space; `InputError` names the file and what is wrong in it"
     path = Path(path)
-    read = json.loads if path.suffix == '.json' else lambda text: yaml.load(text, _Loader)
+    read = functools.partial(json.loads, object_pairs_hook=_once) if path.suffix == '.json' else functools.partial(yaml.load, Loader=_Loader)
     try: return SearchSpace.from_dict(read(path.read_text(encoding='utf-8')))
     except InputError as error: raise InputError(f"{path}: {error}") from error
     except OSError as error: raise InputError(f"{path} cannot be read: {error.strerror}") from error

@@ -4,7 +4,7 @@
 
 # %% ../nbs/61_study.ipynb #61study003
 from __future__ import annotations
-import contextlib, errno, functools, importlib.metadata, math, platform, shutil, sys, tempfile, warnings
+import contextlib, functools, importlib.metadata, math, platform, shutil, sys, tempfile, warnings
 from collections import Counter
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
@@ -13,11 +13,11 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np, torch
 from .adaptive import pause_epochs
 from .checkpoint import prune_checkpoints
-from .core import InputError, atomic_path, name_scores, plain, show_error, show_score, write_json
+from .core import InputError, atomic_path, name_scores, plain, show_error, show_score, writable_folder, write_json
 from .custom_training import check_training
 from .data import Dataset, Split, cached_file, load_dataset
 from .dataset_features import data_features
-from .execution import Workers, prepare_workers
+from .execution import Workers, end_if_imported, prepare_workers
 from .metamodel import PowerLawModel
 from .models import architecture_name, build_model, forward_flops, function_name
 from .optimization import resolve_config
@@ -228,12 +228,13 @@ def open_study(
     settings = replace(settings, levels=check_levels(settings.levels))
     if settings.budget is not None and not 0 < settings.budget < math.inf:
         raise InputError(f'a budget is how many full trainings to spend in all, such as 4: give a finite number above 0, got {settings.budget:g}')
-    out = _writable_folder(out)
+    out = writable_folder(out)
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, progress=progress)
     probe, space = _complete(settings.probe, space, dataset.is_image)
     settings = replace(settings, probe=probe)
     data_path, s = str(cached_file(dataset)), settings.probe
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
+    split = replace(split, dataset=replace(split.dataset, name=dataset.name)) # the cache knows equal data by the name that it had first
     configs, start = _warm_candidates(space, settings, out, split)
     _check_study(settings, space, configs, data_path)
     settings = replace(settings, warm_start=tuple(start.sources) if start else ())
@@ -251,15 +252,7 @@ def open_study(
     return Study(name, out, settings, split, data_path, store, search, start=start)
 
 # %% ../nbs/61_study.ipynb #61study014
-def _writable_folder(out: str|Path) -> Path:
-    "See that the folder can be written or made, but leave making it to the database: what is refused leaves nothing behind"
-    out = Path(out).expanduser().absolute()
-    nearest = next(p for p in (out, *out.parents) if p.exists())
-    try:
-        if not nearest.stat().st_mode & 0o222: raise PermissionError(errno.EACCES, f'{nearest} is read-only')
-        with tempfile.TemporaryFile(dir=nearest): pass
-    except OSError as e: raise InputError(f'{out} cannot be written ({e.strerror or e}): choose another folder') from None
-    return out.resolve()
+#| export
 
 # %% ../nbs/61_study.ipynb #61study016
 def _fte(study: Study, records: Iterable[dict]) -> float:
@@ -409,6 +402,7 @@ def _probe_all(study: Study, n_workers: int, executor: Executor|None, progress: 
 def _driving(dataset, out, space, settings: StudySettings, name, n_workers: int|None, executor: Executor|None, wait: bool|float,
              progress: bool, trackers: Iterable[Any]) -> Iterator[tuple[Study, int]]:
     "An opened study of which this process is the only driver, and the number of workers"
+    end_if_imported()
     if n_workers is not None and n_workers < 1: raise InputError(f'jobs must be at least 1, got {n_workers}')
     n_workers = n_workers or default_workers(settings.probe.train.device)
     for function in (settings.probe.architecture, settings.probe.training): _check_importable(function, n_workers)

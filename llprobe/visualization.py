@@ -116,10 +116,10 @@ def plot_levels(
     probes: pd.DataFrame, # One row a probe: config_id, level, purpose, val_score, status
     result: dict[str, Any], # Content of result.json
 ) -> Figure:
-    "Validation score against the level, with the prediction and what was reached; paused probes have no score of their level yet"
+    "Validation score against the level, with the prediction and what was reached; probes that paused or failed have no score of their level"
     figure, axis = panel()
     best, key = result['best_config_id'], score_key('val', result['metric'])
-    for config, rows in probes[(probes.purpose == 'probe') & (probes.status != 'paused')].sort_values('level').groupby('config_id'):
+    for config, rows in probes[(probes.purpose == 'probe') & (probes.status == 'ok')].sort_values('level').groupby('config_id'):
         axis.plot(rows['level'], rows['val_score'], marker='o', ms=3, **_line_style(config == best))
     predicted, reached = result['predicted'], result['reached']
     axis.errorbar(0.96, predicted[key], two_deviations(predicted[key], predicted['std'], result['metric']), fmt='D', ms=5, capsize=3, color=COLOURS['orange'], label='predicted, ± 2 deviations')
@@ -178,12 +178,14 @@ def plot_predictions(
     "Every config's predicted full score beside its score at its highest level"
     figure, axis = panel(4.5, max(2.3, 0.22*len(result['predictions'])+1.4))
     table, key = pd.DataFrame(result['predictions']).iloc[::-1].reset_index(drop=True), score_key('val', result['metric'])
-    axis.hlines(table.index, table[key], table['predicted'], color='#cccccc', lw=1)
-    axis.plot(table[key], table.index, 'o', ms=4, color=COLOURS['grey'], label='seen at its highest level')
-    axis.errorbar(table['predicted'], table.index, xerr=two_deviations(table['predicted'], table['std'], result['metric']), fmt='D', ms=4, lw=0.8, color=COLOURS['orange'], label='predicted for level 1, ± 2 deviations')
+    failed = table['status'].isin(('crashed', 'diverged'))
+    scored = table[~failed] if (~failed).any() else table
+    axis.hlines(scored.index, scored[key], scored['predicted'], color='#cccccc', lw=1)
+    axis.plot(scored[key], scored.index, 'o', ms=4, color=COLOURS['grey'], label='seen at its highest level')
+    axis.errorbar(scored['predicted'], scored.index, xerr=two_deviations(scored['predicted'], scored['std'], result['metric']), fmt='D', ms=4, lw=0.8, color=COLOURS['orange'], label='predicted for level 1, ± 2 deviations')
     chosen = table.index[table['config_id'] == result['best_config_id']][0]
     axis.plot(result['reached'][key], chosen, '*', ms=12, color=COLOURS['green'], label='reached')
-    axis.set_yticks(table.index, [f'{c[:6]} @ {l:g}' for c, l in zip(table['config_id'], table['level'])], fontsize=6, family='monospace')
+    axis.set_yticks(table.index, [f'{c[:6]} {status if no_score else f"@ {l:g}"}' for c, l, status, no_score in zip(table['config_id'], table['level'], table['status'], failed)], fontsize=6, family='monospace')
     axis.set(xlabel=f'validation {METRICS[result["metric"]]}')
     if result['metric'] == 'accuracy': axis.set_xlim(-0.02, 1.02)
     _score_limits(axis, 'x', result['metric'])

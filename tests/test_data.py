@@ -492,7 +492,7 @@ def test_a_file_from_before_tasks_is_a_classification(tmp_path):
     assert open_dataset(tmp_path/'old').task == 'classification' and repr(open_dataset(tmp_path/'old')) == repr(d)
 
 @pytest.mark.parametrize('y, options, message', [
-    ([1.5]*4, {}, r'has one target only \(1.5, samples: 4\)'), ([1e9, 1e9+1]*2, {}, 'has one target only'), # the same float32
+    ([1.5]*4, {}, r'has one target only \(1.5, samples: 4\)'), ([1e9, 1e9+1]*2, {}, 'finer than float32 can tell'), # the same number there
     ([1, 2, float('nan'), 4], {}, 'y holds nan in row 2'), ([1, 2, 3, 1e39], {}, r'y holds 1e\+39 in row 3'), (['a', 'b']*2, {}, 'must be numbers'),
     ([True, False]*2, {}, 'must be numbers'), ([1, 2, 3], {}, 'one number for each of the 4'), ([[1], [2], [3], [4]], {}, 'one number for each of the 4'),
     ([1, 2, 3, 4], dict(classes=['a', 'b']), 'classes are for classification'), ([1, 2, 3, 4], dict(task='rank'), "got 'rank'")])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llprobe.execution import WorkerDied, Workers
+from llprobe.store import open_store
 
 
 def square_or_die(x: int) -> int:
@@ -138,3 +139,13 @@ def test_dask_is_an_executor_like_any_other():
         with distributed.Client(cluster) as client:
             results = dict(Workers(2, client.get_executor()).run(abs, [-1, -2, -3]))
     assert results == {-1: 1, -2: 2, -3: 3}
+
+
+def test_a_script_without_a_main_guard_is_told_so_and_nothing_is_recorded(tmp_path):
+    script = tmp_path/'script.py'
+    script.write_text("from llprobe.study import StudySettings, run_study\n"
+                      f"run_study('digits', {str(tmp_path/'out')!r}, settings=StudySettings(levels=(0.1,), n_configs=3), n_workers=2, progress=False)\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "put what it does below if __name__ == '__main__':" in done.stderr.splitlines()[-1]
+    with open_store(tmp_path/'out'/'study.db') as store:
+        assert store.probes('digits') == []

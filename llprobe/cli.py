@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse, contextlib, importlib.metadata, os, re, sys, time, warnings
 from pathlib import Path
 from typing import Iterator, NoReturn, Sequence
-from .core import METRICS, InputError, show_score, show_value
+from .core import METRICS, InputError, did_you_mean, show_score, show_value
 from .execution import prepare_workers
 
 # %% auto #0
@@ -18,10 +18,18 @@ class _Parser(argparse.ArgumentParser):
     "Arguments that cannot be read cost one sentence, like any other input"
     def error(self, message: str) -> NoReturn: raise InputError(f'{message.removeprefix("argument ")} (see {self.prog} --help)')
 
+    def parse_args(self, args: Sequence[str]|None = None, namespace: argparse.Namespace|None = None) -> argparse.Namespace:
+        "Say of an unknown option which is near, and where all are listed"
+        found, unknown = self.parse_known_args(args, namespace)
+        if not unknown: return found
+        [commands] = self._subparsers._group_actions
+        near = did_you_mean(unknown[0], commands.choices[found.command.__name__]._option_string_actions)
+        raise InputError(f'unrecognized arguments: {" ".join(unknown)}{near} (see llprobe {found.command.__name__} --help)')
+
 def _number(text: str, kind: type = float) -> float:
     "What an option's text means"
     try: return kind(text)
-    except ValueError: raise argparse.ArgumentTypeError(f'needs a {"whole " if kind is int else ""}number, got {text!r}') from None
+    except ValueError: raise argparse.ArgumentTypeError(f'needs a {"whole " if kind is int else ""}number, got {text!r}{": separate several by spaces" if "," in text else ""}') from None
 
 def _whole(text: str) -> int: return _number(text, int)
 
@@ -37,7 +45,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
                             description='Run a study, or resume it: the same command continues where an earlier one stopped.')
     p.add_argument('--dataset', default='digits', help='name (see `llprobe datasets`), a folder of images, one sub-folder a class, or a file that save_dataset wrote')
     p.add_argument('--out', type=Path, default=Path('runs/study'), help='folder of the study: database, figures, report, result.json, and the weights of the chosen full training (best.safetensors); those of probes are not kept')
-    p.add_argument('--levels', type=_number, nargs='+', default=[0.1, 0.2, 0.3, 0.4], help='fractions of the training data, in (0, 1]')
+    p.add_argument('--levels', type=_number, nargs='+', action='extend', default=argparse.SUPPRESS, help='fractions of the training data, in (0, 1] (default: 0.1 0.2 0.3 0.4)')
     p.add_argument('--configs', type=_whole, default=argparse.SUPPRESS, dest='n_configs', metavar='CONFIGS', help='without a budget: how many configs to try (default: 16)')
     p.add_argument('--budget', type=_number, help='full trainings to spend in all: search within it for what to probe next, instead of successive levels')
     p.add_argument('--warm-start', type=Path, nargs='*', action='extend', default=argparse.SUPPRESS, metavar='FOLDER', help='folders of other studies, finished or begun, on other data, of any architecture: begin with what they learnt; the word bundled: with what llprobe has seen of digits, MNIST and CIFAR-10; without a folder with nothing (default: bundled, and nothing with a --design)')
@@ -119,9 +127,9 @@ def _settings(args: argparse.Namespace):
     from llprobe.warm_start import BUNDLED
     train = TrainSettings(n_epochs=args.epochs, schedule=args.schedule, augment=args.augment, device=args.device)
     probe = ProbeSettings(architecture=args.architecture, strategy=args.strategy, train=train, training=args.training)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in (*_WITHIN, *_WITHOUT, 'design', 'warm_start')}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in (*_WITHIN, *_WITHOUT, 'levels', 'design', 'warm_start')}
     begin = dict() if 'design' in given else dict(warm_start=(BUNDLED,)) # a design that was asked for is left as it is
-    return StudySettings(tuple(args.levels), seed=args.seed, probe=probe, budget=args.budget, population=args.population, n_full=args.n_full, **begin | given)
+    return StudySettings(seed=args.seed, probe=probe, budget=args.budget, population=args.population, n_full=args.n_full, **begin | given)
 
 def _space(args: argparse.Namespace):
     "The space that the arguments name; None leaves it to the architecture"
@@ -131,12 +139,13 @@ def _space(args: argparse.Namespace):
 # %% ../nbs/90_cli.ipynb #90cli009
 def run(args: argparse.Namespace) -> None:
     "Run or resume a study, and show what came out"
+    start = time.perf_counter()
     _check_say(args)
     if args.jobs != 1 and args.device != 'cuda': prepare_workers() # while this process imports as much
     space = _space(args) # a slip there is told before more is imported
     from llprobe.study import run_study
     sys.path.insert(0, str(Path.cwd())) # a model of one's own may lie in this folder
-    start, finished = time.perf_counter(), _finished(args.out)
+    finished = _finished(args.out)
     trackers = _trackers(args.track)
     result = run_study(args.dataset, args.out, space, _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet, trackers=trackers)
     page = _write_report(args.out, details=5.0)
@@ -268,7 +277,7 @@ def _export_optuna(args: argparse.Namespace) -> None:
         print(f'{name}: {len(study.trials)} trials, {new} new')
 
 # %% ../nbs/90_cli.ipynb #90clin26
-_FIELDS = {'n_full': '--full', 'n_configs': '--configs', 'choose_levels': '--choose-levels', 'warm_start': '--warm-start', 'probe.train.n_epochs': '--epochs'}
+_FIELDS = {'n_workers': '--jobs', 'n_full': '--full', 'n_configs': '--configs', 'choose_levels': '--choose-levels', 'warm_start': '--warm-start', 'probe.train.n_epochs': '--epochs'}
 
 def _by_option(sentence: str) -> str:
     "Options in place of fields that have another name"

@@ -50,8 +50,9 @@ def did_you_mean(
     known: Iterable[str],
 ) -> str: # In parentheses, after a space; empty if nothing is near
     "The nearest known name"
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f' (did you mean {near[0]}?)' if near else ''
+    lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), list(lower), 1)
+    return f' (did you mean {lower[near[0]]}?)' if near else ''
 
 # %% ../nbs/00_core.ipynb #00coren01
 def is_number(

@@ -17,8 +17,9 @@ from .core import InputError, atomic_path, derive_seed, did_you_mean, digest, wr
 from .images import decode_images, hash_files, list_images
 
 # %% auto #0
-__all__ = ['TASKS', 'REGRESSIONS', 'DATASETS', 'Dataset', 'from_arrays', 'save_dataset', 'open_dataset', 'cache_folder',
-           'cached_file', 'load_dataset', 'strata', 'stratified_mask', 'Split', 'normalise', 'split_dataset']
+__all__ = ['TASKS', 'REGRESSIONS', 'DATASETS', 'Dataset', 'as_inputs', 'column_names', 'from_arrays', 'save_dataset',
+           'open_dataset', 'cache_folder', 'cached_file', 'load_dataset', 'strata', 'stratified_mask', 'Split',
+           'normalise', 'split_dataset']
 
 # %% ../nbs/01_data.ipynb #01data005
 TASKS = ('classification', 'regression')
@@ -34,6 +35,7 @@ class Dataset:
     classes: tuple[str, ...] # Class names, by label; none for a regression
     fingerprint: str # Digest of the content: equal data, equal fingerprint, whatever the name
     task: str = 'classification' # One of `TASKS`
+    columns: tuple[str, ...] = () # Names of the features, if they came in a frame
 
     @property
     def n_classes(self) -> int: # 0 for a regression
@@ -95,14 +97,14 @@ def _check_targets(y: Tensor, what: str, remedy: str) -> None:
     if (y != y[0]).any(): return
     raise InputError(f'{what} has one target only ({y[0]:g}, samples: {len(y)}), but R² needs different ones: {remedy}')
 
-def _dataset(name: str, tensors: dict[str, Tensor], classes: Sequence[str], task: str='classification') -> Dataset:
+def _dataset(name: str, tensors: dict[str, Tensor], classes: Sequence[str], task: str='classification', columns: Sequence[str]=()) -> Dataset:
     "Check, fingerprint and wrap"
     classes = tuple(map(str, classes))
     if task == 'classification': _check_counts(tensors['train_y'], classes, name)
     else: _check_targets(tensors['train_y'], name, 'give a target that varies')
     tensors = {key: t.contiguous() for key, t in tensors.items()}
     return Dataset(name, tensors['train_x'], tensors['train_y'], tensors.get('test_x'), tensors.get('test_y'), classes,
-                   _fingerprint(tensors, classes), task)
+                   _fingerprint(tensors, classes), task, tuple(map(str, columns)))
 
 # %% ../nbs/01_data.ipynb #01data00b
 def _of_pandas(values: Any) -> np.ndarray:
@@ -121,12 +123,15 @@ def _as_numpy(values: Any) -> np.ndarray:
     values = values.detach().cpu()
     return (values.float() if values.is_floating_point() else values).numpy()
 
-def _as_inputs(values: Any, what: str) -> Tensor:
-    "Images as `(n, c, h, w)` uint8 or features as `(n, d)` float32"
+def as_inputs(
+    values: Any, # Images `(n, h, w)`, `(n, c, h, w)` or `(n, h, w, c)`, or features `(n, d)`: NumPy, torch, pandas or nested lists
+    what: str='x', # What messages call them
+) -> Tensor: # `(n, c, h, w)` uint8, or `(n, d)` float32
+    "Raw inputs as data sets hold them"
     x = _as_numpy(values)
     if x.dtype.kind not in 'buif': raise InputError(f'{what} has type {x.dtype}: give numbers')
     if not x.size: raise InputError(f'{what} of shape {x.shape} is empty')
-    if x.ndim == 2: return _as_features(x, what)
+    if x.ndim == 2: return _as_features(x, what, column_names(values))
     if x.ndim == 3: x = x[:, None]
     if x.ndim == 4 and x.shape[1] > 4 and x.shape[3] <= 4: x = np.moveaxis(x, 3, 1)
     if x.ndim != 4 or x.shape[1] > 4:
@@ -135,13 +140,17 @@ def _as_inputs(values: Any, what: str) -> Tensor:
     return _as_pixels(x, what)
 
 # %% ../nbs/01_data.ipynb #01data00c
-def _as_features(x: np.ndarray, what: str) -> Tensor:
+def column_names(values: Any) -> list[str]: # Empty for what is no frame
+    "The names that features come with"
+    return [str(name) for name in values.columns] if hasattr(values, 'columns') else []
+
+def _as_features(x: np.ndarray, what: str, names: list[str]) -> Tensor:
     "Finite float32"
     with np.errstate(over='ignore'): single = x.astype(np.float32)
     if not np.isfinite(single).all():
         row, column = np.argwhere(~np.isfinite(single))[0]
-        raise InputError(f'{what} holds {single[row, column]} in row {row}, column {column}: fill in or drop what is missing or infinite')
-    for column in np.flatnonzero(_is_too_fine(x)): warnings.warn(f'column {column} of {what} varies by {np.ptp(x[:, column]):g} about {x[0, column]:g}, finer than float32 can tell: subtract its mean first', stacklevel=4)
+        raise InputError(f'{what} holds {single[row, column]} in row {row}, column {names[column] if names else column}: fill in or drop what is missing or infinite')
+    for column in np.flatnonzero(_is_too_fine(x)): warnings.warn(f'column {names[column] if names else column} of {what} varies by {np.ptp(x[:, column]):g} about {x[0, column]:g}, finer than float32 can tell: subtract its mean first', stacklevel=4)
     return torch.from_numpy(single)
 
 def _is_too_fine(x: np.ndarray) -> np.ndarray: # (…,) booleans for (n, …)
@@ -159,10 +168,16 @@ def _as_pixels(x: np.ndarray, what: str) -> Tensor:
     return torch.from_numpy(np.array(x, dtype=np.uint8, order='C')) # a copy: the caller may change its own
 
 # %% ../nbs/01_data.ipynb #01data00e
+def _one_each(y: Any, n: int, what: str, kind: str) -> np.ndarray: # `(n,)`
+    "Labels or targets, a single column as well"
+    y = _as_numpy(y)
+    if y.shape not in ((n,), (n, 1)): raise InputError(f'{what} has shape {y.shape}: give one {kind} for each of the {n} samples')
+    return y.reshape(n)
+
 def _as_labels(y: Any, names: np.ndarray|None, classes: Sequence[str]|None, n: int, what: str) -> tuple[Tensor, np.ndarray]:
     "int64 labels and the values they stand for"
-    y = _as_numpy(y)
-    if y.shape != (n,): raise InputError(f'{what} has shape {y.shape}: give one label for each of the {n} samples')
+    y = _one_each(y, n, what, 'label')
+    if missing := [row for row, value in enumerate(y.tolist()) if value is None or value != value]: raise InputError(f'{what} holds {y[missing[0]]} in row {missing[0]}: fill in or drop what is missing')
     if y.dtype.kind == 'O' and all(isinstance(value, str) for value in y): y = y.astype(str)
     if y.dtype.kind == 'f' and (y == np.rint(y)).all(): y = y.astype(np.int64)
     if y.dtype.kind not in 'biuU':
@@ -179,8 +194,7 @@ def _as_labels(y: Any, names: np.ndarray|None, classes: Sequence[str]|None, n: i
 # %% ../nbs/01_data.ipynb #01data010
 def _as_targets(y: Any, n: int, what: str) -> Tensor:
     "Finite float32, one number a sample"
-    y = _as_numpy(y)
-    if y.shape != (n,): raise InputError(f'{what} has shape {y.shape}: give one number for each of the {n} samples')
+    y = _one_each(y, n, what, 'number')
     if y.dtype.kind not in 'iuf': raise InputError(f"{what} has type {y.dtype}: a regression's targets must be numbers, so leave task out for classes")
     with np.errstate(over='ignore'): targets = y.astype(np.float32)
     if not (finite := np.isfinite(targets)).all():
@@ -196,7 +210,7 @@ def _check_task(task: str, classes: Sequence[str]|None) -> None:
 
 # %% ../nbs/01_data.ipynb #01data011
 def from_arrays(
-    x: Any, # Images `(n, h, w)`, `(n, c, h, w)` or `(n, h, w, c)`, or features `(n, d)`: NumPy, torch or nested lists
+    x: Any, # Images `(n, h, w)`, `(n, c, h, w)` or `(n, h, w, c)`, or features `(n, d)`: NumPy, torch, pandas or nested lists
     y: Any, # `(n,)` labels: whole numbers or strings; for a regression, numbers
     test_x: Any=None, # Test inputs of the same shape
     test_y: Any=None, # Test labels, or numbers
@@ -211,12 +225,13 @@ def from_arrays(
     for part, inputs, targets in (('train', x, y), ('test', test_x, test_y)):
         if inputs is None: continue
         prefix = 'test_'*(part == 'test')
-        tensors[f'{part}_x'] = own = _as_inputs(inputs, f'{prefix}x')
+        tensors[f'{part}_x'] = own = as_inputs(inputs, f'{prefix}x')
         if task == 'regression': tensors[f'{part}_y'] = _as_targets(targets, len(own), f'{prefix}y')
         else: tensors[f'{part}_y'], names = _as_labels(targets, names, classes, len(own), f'{prefix}y')
         if own.shape[1:] != (shape := tensors['train_x'].shape[1:]):
             raise InputError(f'test_x has samples of shape {tuple(own.shape[1:])}, x of {tuple(shape)}')
-    return _dataset(name, tensors, () if task == 'regression' else names if classes is None else classes, task)
+    if test_x is not None and column_names(test_x) != column_names(x): raise InputError(f'test_x has other columns than x, or in another order: give test_x[x.columns]')
+    return _dataset(name, tensors, () if task == 'regression' else names if classes is None else classes, task, column_names(x))
 
 # %% ../nbs/01_data.ipynb #01data016
 def _tensors(dataset: Dataset) -> dict[str, Tensor]:
@@ -228,7 +243,7 @@ def save_dataset(
     path: str|Path, # Written atomically
 ) -> None:
     "Write one safetensors file"
-    metadata = dict(name=dataset.name, classes=json.dumps(dataset.classes), fingerprint=dataset.fingerprint, task=dataset.task)
+    metadata = dict(name=dataset.name, classes=json.dumps(dataset.classes), fingerprint=dataset.fingerprint, task=dataset.task, columns=json.dumps(dataset.columns))
     try:
         with atomic_path(path) as temporary:
             save_file({key: t.contiguous() for key, t in _tensors(dataset).items()}, temporary, metadata)
@@ -236,6 +251,10 @@ def save_dataset(
         raise InputError(f'{path} cannot be written ({error}): free some space or choose another folder') from error
 
 # %% ../nbs/01_data.ipynb #01data017
+_TABLE = 'read it with pandas, and give its columns to from_arrays'
+_REMEDIES = dict.fromkeys(('.csv', '.tsv', '.xlsx', '.parquet', '.json'), _TABLE) | dict.fromkeys(('.npy', '.npz', '.pt', '.pth'), 'give its arrays to from_arrays') | dict.fromkeys(
+    ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff'), 'give the folder that holds a folder of images for each class') # By what another kind of file is called
+
 def open_dataset(
     path: str|Path, # Made by `save_dataset`
 ) -> Dataset: # Its tensors are mapped from the file
@@ -246,9 +265,9 @@ def open_dataset(
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         optional = dict(test_x=None, test_y=None)
         return Dataset(metadata['name'], **{**optional, **tensors}, classes=tuple(json.loads(metadata['classes'])),
-                       fingerprint=metadata['fingerprint'], task=metadata.get('task', 'classification'))
+                       fingerprint=metadata['fingerprint'], task=metadata.get('task', 'classification'), columns=tuple(json.loads(metadata.get('columns', '[]'))))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{path} is not a readable llprobe data set ({type(error).__name__}: {error}): save it again with save_dataset; arrays of your own, such as those of a CSV file, come in through from_arrays') from error
+        raise InputError(f'{path} is not a readable llprobe data set ({type(error).__name__}: {error}): {_REMEDIES.get(Path(path).suffix.lower(), "save it again with save_dataset")}') from error
 
 # %% ../nbs/01_data.ipynb #01data01a
 def cache_folder(
@@ -308,10 +327,11 @@ DATASETS = ('digits', 'iris', 'wine', 'breast_cancer', *REGRESSIONS, *_TORCHVISI
 
 def _load_sklearn(name: str) -> Dataset:
     "A data set that comes with scikit-learn"
-    import sklearn.datasets
+    import pandas as pd, sklearn.datasets
     bunch = getattr(sklearn.datasets, f'load_{name}')()
-    if name in REGRESSIONS: return from_arrays(bunch.data, bunch.target, name=name, task='regression')
-    x = np.rint(bunch.images*(255/16)).astype(np.uint8) if name == 'digits' else bunch.data
+    features = pd.DataFrame(bunch.data, columns=bunch.feature_names)
+    if name in REGRESSIONS: return from_arrays(features, bunch.target, name=name, task='regression')
+    x = np.rint(bunch.images*(255/16)).astype(np.uint8) if name == 'digits' else features
     return from_arrays(x, bunch.target, classes=list(bunch.target_names), name=name)
 
 # %% ../nbs/01_data.ipynb #01data022

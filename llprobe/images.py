@@ -52,6 +52,8 @@ def list_images(
     classes = tuple(_subfolders(train))
     if not classes: raise InputError(f'{folder} has no folders of images: give one with train/<class>/… or <class>/…')
     parts = dict(train=_list_part(train, classes))
+    unread = [name for name in _subfolders(folder) if name not in ('train', 'test')] if has_parts else []
+    if unread: warnings.warn(f'of {folder} only train and test are read, and not {", ".join(unread)}: validation samples are split off from train', stacklevel=3)
     if not parts['train'][0]: raise InputError(f'{train} has no images below its class folders ({", ".join(IMAGE_SUFFIXES)})')
     if has_parts and (folder/'test').is_dir():
         if extra := [name for name in _subfolders(folder/'test') if name not in classes]:

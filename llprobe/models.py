@@ -4,18 +4,18 @@
 
 # %% ../nbs/11_models.ipynb #11models003
 from __future__ import annotations
-import contextlib, copy, difflib, functools, importlib
+import contextlib, copy, difflib, functools, importlib, inspect
 from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from .core import InputError, derive_seed, is_number, no_exit, show_error
+from .core import InputError, derive_seed, did_you_mean, digest, is_number, no_exit, show_error
 
 # %% auto #0
 __all__ = ['SAMPLEWISE', 'Architecture', 'ARCHITECTURES', 'Dropout', 'simple_cnn', 'mlp', 'resnet', 'import_function',
-           'function_name', 'architecture_hyperparameters', 'architecture_name', 'evaluating', 'build_model',
-           'check_architecture', 'count_parameters', 'forward_flops']
+           'function_name', 'architecture_hyperparameters', 'find_architecture', 'architecture_name', 'source_digest',
+           'evaluating', 'build_model', 'check_architecture', 'count_parameters', 'forward_flops']
 
 # %% ../nbs/11_models.ipynb #11models005
 def _number(config: dict[str, Any], name: str, default: float, low: float, high: float=float('inf'), whole: bool=True) -> float:
@@ -183,14 +183,16 @@ def architecture_hyperparameters(
     if isinstance(architecture, str) and architecture.startswith('timm:'): return ('dropout',)
     return next((_HYPERPARAMETERS[name] for name, function in ARCHITECTURES.items() if architecture in (name, function)), None)
 
-def _find(architecture: str|Architecture) -> Architecture:
-    "The function that a name, 'timm:model', 'package.module:function' or a callable stands for"
+def find_architecture(
+    architecture: str|Architecture, # A name in `ARCHITECTURES`, 'timm:model', 'package.module:function', or a callable
+) -> Architecture: # Raises `InputError` for a name that stands for none
+    "The function that builds a network"
     if callable(architecture): return architecture
     if architecture in ARCHITECTURES: return ARCHITECTURES[architecture]
     name = str(architecture)
     if name.startswith('timm:'): return functools.partial(_timm, name.removeprefix('timm:'))
     if ':' in name: return import_function(name, 'architecture')
-    raise InputError(f"unknown architecture {architecture!r}: choose from {', '.join(ARCHITECTURES)}, 'timm:model', or 'package.module:function'")
+    raise InputError(f"unknown architecture {architecture!r}: choose from {', '.join(ARCHITECTURES)}, 'timm:model', or 'package.module:function'{did_you_mean(name, ARCHITECTURES)}")
 
 # %% ../nbs/11_models.ipynb #11models01d
 def architecture_name(
@@ -201,6 +203,15 @@ def architecture_name(
     for name, function in ARCHITECTURES.items():
         if architecture is function: return name
     return function_name(architecture)
+
+# %% ../nbs/11_models.ipynb #11modelsn21
+def source_digest(
+    name: str|None, # 'package.module:function', or another name
+) -> str|None: # None for llprobe's own and timm's, and where there is no file
+    "A digest of the file that an architecture or a training is written in"
+    if not name or ':' not in name or name.startswith('timm:'): return None
+    try: return digest(inspect.getsource(importlib.import_module(name.split(':')[0])))
+    except (ImportError, OSError, TypeError): return None
 
 # %% ../nbs/11_models.ipynb #11models020
 @contextlib.contextmanager
@@ -239,7 +250,7 @@ def build_model(
     seed: int=0, # Of the initial weights
 ) -> nn.Module: # In training mode, on the CPU unless the user's function says otherwise
     "Build a network with seeded weights; PyTorch's random state on the CPU stays as it was"
-    function, input_shape = _find(architecture), tuple(input_shape)
+    function, input_shape = find_architecture(architecture), tuple(input_shape)
     with torch.random.fork_rng(devices=[]), torch.device('cpu'):
         torch.default_generator.manual_seed(derive_seed(seed, 'initial weights'))
         model = function(copy.copy(config), input_shape, n_classes)
@@ -258,7 +269,7 @@ def check_architecture(
     except InputError: raise
     except Exception as error: # the user's function may raise anything
         name = getattr(architecture, '__qualname__', architecture)
-        raise InputError(f"architecture {name} fails for the config {config} with {show_error(error, _find(architecture))}: mend it, or the space") from error
+        raise InputError(f"architecture {name} fails for the config {config} with {show_error(error, find_architecture(architecture))}: mend it, or the space") from error
 
 # %% ../nbs/11_models.ipynb #11models029
 def count_parameters(

@@ -87,7 +87,7 @@ def _study_cards(study: StudyReader) -> list[tuple[str, str]]:
     "The answer at a glance"
     show, final = (lambda v: '–' if v is None or not math.isfinite(v) else _score(study)(v)), study.final
     reached, tested = (final and seen_score(final, f'{part}_score') for part in ('val', 'test'))
-    return [(_PREDICTED, _plus_minus(study, *_predicted(study, study.best))), ('reached', show(reached)), ('tested, once', show(tested)),
+    return [(_PREDICTED, _plus_minus(study, *_predicted(study, study.best))), (f'reached, validation {METRICS[study.metric]}', show(reached)), (f'test {METRICS[study.metric]}, once', show(tested)),
             ('cost, of all in full', _cost_text(study)), ('state', 'finished' if study.is_finished else 'not finished')]
 
 # %% ../nbs/80_report.ipynb #80report00a

@@ -44,6 +44,11 @@ def save_figures(
     for name, _, figure, data in study_figures(folder): save_figure(figure, Path(out)/name, data)
 
 # %% ../nbs/78_results.ipynb #78results007
+def _error(result: dict[str, Any], part: str) -> str: # Empty for classes, and for results from before there was one
+    "The error of a regression in the target's units"
+    error = result['reached'].get(f'{part}_rmse')
+    return '' if error is None else f' (RMSE {error:.4g} in the target\'s units)'
+
 def summary_rows(
     result: dict[str, Any], # Content of result.json
 ) -> list[tuple[str, str]]: # What, and how much
@@ -56,11 +61,11 @@ def summary_rows(
     equal = sum(r[val] == result['reached'][val] for r in result['full_trainings'])-1
     choice = f', and so did {equal} other{"s"*(equal > 1)} trained in full: the one predicted to be best was chosen' if equal > 0 else ''
     if result['status'] == 'crashed': choice, tested = f', the score of chance: the full training crashed with {result["error"]}', 'none'
-    else: tested = show(result['reached'][test])
+    else: tested = show(result['reached'][test])+_error(result, 'test')
     failed = Counter(p['status'] for p in result['predictions'] if p['status'] in ('crashed', 'diverged'))
     failures = [('configs that failed', f'{", ".join(f"{n} {status}" for status, n in sorted(failed.items()))} of {len(result["predictions"])}')] if failed else []
     return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])} (one deviation){vague}'),
-            *failures, *several, (f'reached validation {name}', show(result['reached'][val])+choice), (f'reached test {name}', tested),
+            *failures, *several, (f'reached validation {name}', show(result['reached'][val])+_error(result, 'val')+choice), (f'reached test {name}', tested),
             ('cost of the search', f'{fte["probe"]+fte["metamodel"]:.2f} FTE'), (f'cost with {"" if several else "the "}{trainings}', f'{fte["total"]:.2f} FTE'),
             ('training every config tried in full', f'{fte["all_configs_in_full"]:.2f} FTE'),
             (f'computing time of probes, meta-model, {trainings}', ', '.join(f'{seconds[k]:.1f} s' for k in ('probe', 'metamodel', 'final')))]

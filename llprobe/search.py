@@ -6,6 +6,7 @@
 from __future__ import annotations
 import math, time
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Sequence
 import numpy as np, pandas as pd
 from fastcore.basics import patch
@@ -37,6 +38,7 @@ def check_levels(
     levels: Sequence[float], # Resource levels
 ) -> tuple[float, ...]: # Ascending
     "Sorted levels; raises `InputError` unless they are distinct and in (0, 1]"
+    if isinstance(levels, (str, Real)): raise InputError(f'levels must be a list of numbers in (0, 1], such as (0.1, 0.2), got {levels!r}')
     levels = tuple(sorted(float(l) for l in levels))
     if not levels: raise InputError('levels must name at least one level in (0, 1], such as 0.1 0.2')
     for level in levels:

@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from ConfigSpace import ConfigurationSpace, Constant, CategoricalHyperparameter, OrdinalHyperparameter
 from ConfigSpace.hyperparameters import Hyperparameter, UniformFloatHyperparameter, UniformIntegerHyperparameter
 from scipy.stats import qmc
-from .core import InputError, atomic_path, derive_seed, digest, is_number, write_json
+from .core import InputError, atomic_path, derive_seed, did_you_mean, digest, is_number, write_json
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'RANGES', 'DESIGNS', 'choices_of', 'active_part', 'SearchSpace', 'encoded_columns', 'config_id',
@@ -289,7 +289,9 @@ def _sample(space: _Definition, n: int, seed: int, design: str) -> list[dict[str
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= 10**6:
         raise InputError(f"the number of configs must be a whole number from 1 to a million, got {n!r}")
     if design not in DESIGNS: raise InputError(f"unknown design {design!r}: choose from {', '.join(DESIGNS)}")
-    if not _has(space, n, n): raise InputError(f"this space has fewer than {n} different configs: ask for fewer, or widen a range")
+    if not _has(space, n, n):
+        found = sum(1 for _ in _enumerate(space, n))
+        raise InputError(f"this space has fewer than {n} different configs, namely {found}: {'ask for fewer, or ' if found > 1 else ''}widen a range, or add choices")
     return _grid(space, n, seed) if design == 'grid' else _distinct(space, n, design, seed)
 
 # %% ../nbs/10_space.ipynb #10space02c
@@ -390,7 +392,7 @@ def default_space(
     if architecture in _DEFAULTS: return SearchSpace(architecture, _DEFAULTS[architecture])
     if architecture.startswith('timm:'): return SearchSpace(architecture, dict(dropout=dict(low=0.0, high=0.5)) | _TRAINING)
     if ':' in architecture: return SearchSpace(architecture, _TRAINING)
-    raise InputError(f"unknown architecture {architecture!r}: choose from {', '.join(_DEFAULTS)}, 'timm:model', or 'package.module:function'")
+    raise InputError(f"unknown architecture {architecture!r}: choose from {', '.join(_DEFAULTS)}, 'timm:model', or 'package.module:function'{did_you_mean(architecture, _DEFAULTS)}")
 
 # %% ../nbs/10_space.ipynb #10space036
 def describe(

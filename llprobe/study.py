@@ -11,17 +11,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 import numpy as np, torch
+import safetensors.torch
 from .adaptive import pause_epochs
 from .checkpoint import prune_checkpoints
-from .core import InputError, atomic_path, name_scores, plain, show_error, show_score, writable_folder, write_json
+from .core import InputError, name_scores, plain, show_error, show_score, writable_folder, write_json
 from .custom_training import check_training
 from .data import Dataset, Split, cached_file, load_dataset
 from .dataset_features import data_features
 from .execution import Workers, end_if_imported, prepare_workers
 from .metamodel import PowerLawModel
-from .models import architecture_name, build_model, forward_flops, function_name
+from .models import architecture_name, build_model, find_architecture, forward_flops, function_name, source_digest
 from .optimization import resolve_config
 from .population import METHODS, check_configs, default_workers, probe_population
+from .predictor import predictor_facts, save_predictor
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, ended, full_training_equivalents, load_split, relative_costs, run_probe, task_indices
 from .progress import between_bars, progress_bar
 from .search import BudgetSearch, Search, Trial, check_levels
@@ -82,7 +84,7 @@ def _check_importable(function: str|Callable|None, n_workers: int) -> None:
     "A function defined in a notebook cannot be imported by worker processes"
     in_notebook = getattr(function, '__module__', '') == '__main__' and not hasattr(sys.modules['__main__'], '__file__')
     if n_workers > 1 and in_notebook:
-        raise InputError(f'{function.__qualname__} cannot be imported by worker processes: move it to a module, or run with one worker')
+        raise InputError(f'{function.__qualname__} cannot be imported by worker processes: move it to a module, or give n_workers=1')
 
 def _check_study(settings: StudySettings, space: SearchSpace, configs: list[dict], data_path: str) -> None:
     "Raise `InputError` for what would fail later"
@@ -90,7 +92,7 @@ def _check_study(settings: StudySettings, space: SearchSpace, configs: list[dict
     resolve_device(s.train.device)
     if settings.population not in (None, *METHODS): raise InputError(f'population must be one of {", ".join(METHODS)}, got {settings.population!r}')
     if not -2**63 <= settings.seed < 2**63: raise InputError(f'seed must be a whole number of 64 bits, got {settings.seed}')
-    if s.train.n_epochs < 1: raise InputError(f'epochs must be at least 1, got {s.train.n_epochs}')
+    if not isinstance(s.train.n_epochs, int) or s.train.n_epochs < 1: raise InputError(f'epochs must be a whole number, at least 1, got {s.train.n_epochs!r}')
     if s.training is not None and settings.full_trainings > 1: raise InputError(f'n_full must be 1 with a training of your own, got {settings.n_full}')
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     if s.training is not None: check_training(s.training, s.train)
@@ -104,6 +106,7 @@ def _complete(probe: ProbeSettings, space: SearchSpace|None, is_image: bool) -> 
     if training and architecture not in (None, training):
         raise InputError(f'training {training!r} makes its own model, so there is no place for the architecture {architecture!r}: leave out one of them')
     space = space or default_space(training or architecture or ('simple_cnn' if is_image else 'mlp'))
+    if not training: find_architecture(probe.architecture or space.architecture)
     return replace(probe, architecture=training or probe.architecture or space.architecture), space
 
 # %% ../nbs/61_study.ipynb #61study00c
@@ -228,13 +231,15 @@ def open_study(
     settings = replace(settings, levels=check_levels(settings.levels))
     if settings.budget is not None and not 0 < settings.budget < math.inf:
         raise InputError(f'a budget is how many full trainings to spend in all, such as 4: give a finite number above 0, got {settings.budget:g}')
+    if not isinstance(dataset, (str, Path, Dataset)): raise InputError(f'dataset must be a name, a path or a Dataset, got {type(dataset).__name__}: arrays come in through from_arrays')
+    if not isinstance(space, (SearchSpace, type(None))): raise InputError(f"space must be a SearchSpace, such as SearchSpace('mlp', {{'width': [64, 128]}}), got {type(space).__name__}")
     out = writable_folder(out)
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, progress=progress)
     probe, space = _complete(settings.probe, space, dataset.is_image)
     settings = replace(settings, probe=probe)
     data_path, s = str(cached_file(dataset)), settings.probe
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
-    split = replace(split, dataset=replace(split.dataset, name=dataset.name)) # the cache knows equal data by the name that it had first
+    split = replace(split, dataset=replace(split.dataset, name=dataset.name, columns=dataset.columns)) # the cache knows equal data by the name that it had first
     configs, start = _warm_candidates(space, settings, out, split)
     _check_study(settings, space, configs, data_path)
     settings = replace(settings, warm_start=tuple(start.sources) if start else ())
@@ -244,8 +249,11 @@ def open_study(
         store = refused.enter_context(open_store(out/'study.db'))
         if others := [other for other in store.studies()['name'] if other != name]:
             raise InputError(f'{out} holds the study {others[0]!r}: choose another folder for {name!r}')
+        written = {f'source of {f}': d for f in (architecture_name(probe.architecture),) if (d := source_digest(f))}
         store.create_study(name, settings.to_dict(), dataset=dataset.name, fingerprint=dataset.fingerprint, space=space.to_dict(),
-                           data_features=features, versions=versions(), metric=dataset.metric)
+                           data_features=features, versions=versions() | written, metric=dataset.metric)
+        for key, now in written.items():
+            if store.study(name)['versions'].get(key, now) != now: warnings.warn(f'the {key} has changed since the study began: what was trained before is kept, of the model as it was then; begin anew in another folder if that matters', stacklevel=2)
         if start: start.save(out)
         if settings.budget is None: store.add_configs(name, configs)
         refused.pop_all()
@@ -370,7 +378,9 @@ def _run_full(study: Study, trials: list[Trial], n_workers: int, executor: Execu
 def _take_full(study: Study, record: dict, anew: bool) -> None:
     "The weights first, then the record"
     if weights := record.pop('weights', None):
-        with atomic_path(study.out/'best.safetensors') as path: path.write_bytes(weights)
+        probe = study.settings.probe
+        facts = predictor_facts(study.split, None if probe.training else architecture_name(probe.architecture), record['config'])
+        save_predictor(study.out/'best.safetensors', safetensors.torch.load(weights), facts)
     study.take(record, anew)
 
 # %% ../nbs/61_study.ipynb #61study01a
@@ -403,7 +413,7 @@ def _driving(dataset, out, space, settings: StudySettings, name, n_workers: int|
              progress: bool, trackers: Iterable[Any]) -> Iterator[tuple[Study, int]]:
     "An opened study of which this process is the only driver, and the number of workers"
     end_if_imported()
-    if n_workers is not None and n_workers < 1: raise InputError(f'jobs must be at least 1, got {n_workers}')
+    if n_workers is not None and n_workers < 1: raise InputError(f'n_workers must be at least 1, got {n_workers}')
     n_workers = n_workers or default_workers(settings.probe.train.device)
     for function in (settings.probe.architecture, settings.probe.training): _check_importable(function, n_workers)
     if n_workers > 1 and executor is None: prepare_workers() # while data and space are read
@@ -507,6 +517,12 @@ def _facts(study: Study) -> dict[str, Any]:
                 architecture=s.to_dict()['probe']['architecture'], settings=s.to_dict(), versions=versions(),
                 hardware=hardware(s.probe.train.device))
 
+def _errors(study: Study, final: dict[str, Any]) -> dict[str, float|None]: # In the target's units; none for classes
+    "Root mean squared errors of a regression, from its R²"
+    if study.split.dataset.classes: return {}
+    scores = {part: final[f'{part}_score'] for part in ('val', 'test')}
+    return {f'{part}_rmse': None if score is None else math.sqrt((1-score)*float(study.split.inputs(part)[1].double().var(correction=0))) for part, score in scores.items()}
+
 def summarise(
     study: Study, # Finished
 ) -> dict[str, Any]: # JSON-ready
@@ -517,5 +533,5 @@ def summarise(
     return plain(_facts(study) | dict(
         best_config=search.configs[best], best_config_id=best, status=final['status'], error=final['error'],
         predicted=name_scores(dict(val_score=row['mean'], std=row['std']), metric),
-        reached=name_scores({k: final[k] for k in ('val_score', 'test_score', 'val_loss', 'test_loss')}, metric),
+        reached=name_scores({k: final[k] for k in ('val_score', 'test_score', 'val_loss', 'test_loss')}, metric) | _errors(study, final),
         full_trainings=_full_trainings(study), predictions=_predictions(study), cost=_cost(study)))

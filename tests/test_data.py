@@ -3,6 +3,7 @@ import functools, hashlib, os, pickle, re, struct, subprocess, sys, time
 from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -494,7 +495,7 @@ def test_a_file_from_before_tasks_is_a_classification(tmp_path):
 @pytest.mark.parametrize('y, options, message', [
     ([1.5]*4, {}, r'has one target only \(1.5, samples: 4\)'), ([1e9, 1e9+1]*2, {}, 'finer than float32 can tell'), # the same number there
     ([1, 2, float('nan'), 4], {}, 'y holds nan in row 2'), ([1, 2, 3, 1e39], {}, r'y holds 1e\+39 in row 3'), (['a', 'b']*2, {}, 'must be numbers'),
-    ([True, False]*2, {}, 'must be numbers'), ([1, 2, 3], {}, 'one number for each of the 4'), ([[1], [2], [3], [4]], {}, 'one number for each of the 4'),
+    ([True, False]*2, {}, 'must be numbers'), ([1, 2, 3], {}, 'one number for each of the 4'), ([[1, 1], [2, 2], [3, 3], [4, 4]], {}, 'one number for each of the 4'),
     ([1, 2, 3, 4], dict(classes=['a', 'b']), 'classes are for classification'), ([1, 2, 3, 4], dict(task='rank'), "got 'rank'")])
 def test_bad_targets(y, options, message):
     with pytest.raises(InputError, match=message) as error: from_arrays(np.zeros((4, 1)), y, **dict(task='regression') | options)
@@ -543,3 +544,44 @@ def test_global_random_state_is_untouched():
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     split_dataset(load_dataset('digits'))
     assert torch.equal(torch.get_rng_state(), before[0]) and np.array_equal(np.random.get_state()[1], before[1])
+
+
+def test_a_frame_keeps_its_columns_and_says_which_of_them_cannot_be_used(tmp_path):
+    frame = pd.DataFrame(dict(rooms=pd.array([3, 4, None, 5]*5, dtype='Int64'), is_new=[True, False]*10, area=np.linspace(40, 90, 20)))
+    filled = frame.fillna(dict(rooms=4))
+    dataset = from_arrays(filled, pd.DataFrame(dict(price=np.arange(20.))), task='regression')
+    assert dataset.columns == ('rooms', 'is_new', 'area') and dataset.train_x[0].tolist() == [3, 1, 40]
+    save_dataset(dataset, tmp_path/'houses')
+    assert open_dataset(tmp_path/'houses').columns == dataset.columns
+    for x, y, message in [(frame, np.arange(20.), 'x holds nan in row 2, column rooms'), (filled.assign(city='x'), np.arange(20.), 'the columns city hold no numbers: encode them')]:
+        with pytest.raises(InputError, match=message):
+            from_arrays(x, y, task='regression')
+    with pytest.raises(InputError, match=r'give test_x\[x.columns\]'):
+        from_arrays(filled, np.arange(20.), filled[filled.columns[::-1]], np.arange(20.), task='regression')
+    with pytest.raises(InputError, match='y holds (None|nan) in row 19'):
+        from_arrays(filled, pd.Series(['a', 'b']*9+['a', None]))
+
+
+def test_features_finer_than_float32_are_told():
+    seconds = 1.7e9+np.arange(200.)
+    with pytest.warns(UserWarning, match='column time of x varies by 199 about 1.7e.09, finer than float32 can tell'):
+        from_arrays(pd.DataFrame(dict(time=seconds)), seconds-seconds[0], task='regression')
+
+
+def test_a_link_that_leads_in_a_circle_adds_no_images(tmp_path):
+    for name in 'ab':
+        (tmp_path/name).mkdir()
+        for i in range(4):
+            Image.fromarray(np.full((8, 8), 30*i, np.uint8)).save(tmp_path/name/f'{i}.png')
+    (tmp_path/'a'/'self').symlink_to(tmp_path/'a')
+    assert len(load_dataset(tmp_path, progress=False).train_y) == 8
+
+
+def test_a_folder_beside_train_and_test_is_not_left_out_in_silence(tmp_path):
+    for part in ('train', 'val'):
+        for name in 'ab':
+            (tmp_path/part/name).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(np.full((8, 8), 30*i, np.uint8)).save(tmp_path/part/name/f'{i}.png')
+    with pytest.warns(UserWarning, match='only train and test are read, and not val: validation samples are split off from train'):
+        assert len(load_dataset(tmp_path, progress=False).train_y) == 8

@@ -17,13 +17,15 @@ import torch
 from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from PIL import Image
+from sklearn.datasets import load_wine
 from sqlalchemy import create_engine, text
 
 from conftest import Command, llprobe
 from llprobe.batches import evaluate, task_loss
 from llprobe.checkpoint import load_checkpoint
 from llprobe.core import InputError
-from llprobe.data import Dataset, from_arrays
+from llprobe.data import Dataset, from_arrays, load_dataset, split_dataset
+from llprobe.predictor import load_predictor
 from llprobe.probe import ProbeSettings
 from llprobe.space import SearchSpace
 from llprobe.store import open_store
@@ -509,3 +511,48 @@ def test_settings_that_differ_are_named(uninterrupted, capsys):
     assert main(['run', *STUDY, '--epochs', '5', '--out', str(uninterrupted)]) == 2
     message = capsys.readouterr().err
     assert '--epochs 4, now 5' in message
+
+
+NET = '''from torch import nn
+def net(config, input_shape, n_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, config['width']), nn.{activation}(), nn.Linear(config['width'], n_classes))
+'''
+
+
+def test_a_model_whose_source_has_changed_is_told_when_its_study_goes_on(tmp_path, monkeypatch, recwarn):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path/'net_that_changes.py'
+    space = SearchSpace('net_that_changes:net', dict(width=[8, 16], learning_rate=[0.03, 0.1]))
+
+    def go_on(activation):
+        source.write_text(NET.format(activation=activation))
+        recwarn.clear()
+        run_study('digits', tmp_path/'out', space, StudySettings(levels=(0.1,), n_configs=2), n_workers=1, progress=False)
+        return ['net_that_changes:net has changed since the study began' in str(w.message) for w in recwarn if 'changed' in str(w.message)]
+    assert go_on('ReLU') == [] and go_on('ReLU') == [] and go_on('Tanh') == [True]
+
+
+def test_the_chosen_model_answers_for_new_samples(tmp_path):
+    frame = load_wine(as_frame=True)
+    dataset = from_arrays(frame.data, np.array(frame.target_names)[frame.target], name='wine')
+    out = run_study(dataset, tmp_path/'out', settings=StudySettings(levels=(0.5,), n_configs=4), n_workers=1, progress=False)
+    split = split_dataset(dataset)
+    answers = load_predictor(tmp_path/'out').predict(frame.data.iloc[split.test.numpy()].sample(frac=1, axis=1, random_state=0))
+    truth = np.array(frame.target_names)[frame.target.iloc[split.test.numpy()]]
+    assert (answers == truth).mean() == pytest.approx(out['reached']['test_accuracy'])
+
+
+def test_errors_of_a_regression_are_in_its_units(tmp_path):
+    out = run_study('diabetes', tmp_path/'out', settings=StudySettings(levels=(0.5,), n_configs=4), n_workers=1, progress=False)
+    dataset = load_dataset('diabetes')
+    test = split_dataset(dataset).test
+    residual = load_predictor(tmp_path/'out').predict(dataset.train_x[test])-dataset.train_y[test].numpy()
+    assert out['reached']['test_rmse'] == pytest.approx(np.sqrt((residual**2).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['--datset', 'digits'], 'did you mean --dataset?) (see llprobe run --help)'), (['--levels', '0.1,0.2'], 'separate several by spaces'),
+    (['--dataset', 'IRISS'], 'did you mean iris?'), (['--architecture', 'mpl', '--dataset', 'wine'], 'did you mean mlp?'), (['--jobs', '0'], '--jobs must be at least 1')])
+def test_slips_are_answered_with_what_was_meant(tmp_path, arguments, said):
+    done = run(tmp_path/'out', *arguments, arguments=[])
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1

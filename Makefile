@@ -23,7 +23,7 @@ help:              ## list the targets
 demo: install      ## the main job on the embedded digits: probe, predict, train the best in full
 	$(VENV)/bin/llprobe run --dataset digits --configs 32 --epochs 20 --out runs/demo
 app: install       ## the explorer as a web page on this machine: all studies below runs, or STUDY=folder
-	JUPYTER_PATH=nbs/apps/share LLPROBE_STUDIES='$(abspath $(or $(STUDY),runs))' $(PY) -m voila nbs/apps/explore.ipynb --Voila.ip=127.0.0.1 --template=offline \
+	PYTHONPATH='$(CURDIR)' JUPYTER_PATH=nbs/apps/share LLPROBE_STUDIES='$(abspath $(or $(STUDY),runs))' $(PY) -m voila nbs/apps/explore.ipynb --Voila.ip=127.0.0.1 --template=offline \
 	  $$($(PY) -c 'import webbrowser; webbrowser.get()' 2>/dev/null || echo --no-browser)
 test: install notebook-test package-test  ## everything that must pass
 

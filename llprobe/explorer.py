@@ -107,7 +107,7 @@ class Explorer:
         if not folders: raise InputError('there is nothing to explore: give the folder of a study, or several')
         self.studies, self.live_seconds = [read_study(folder, data) for folder in folders], live_seconds
         self.study, self.brushed, self._quiet, self._lock, self._following = self.studies[0], None, False, threading.RLock(), None
-        self._jobs = NewestJob(lambda error: self._say(self.landscape_text, str(error), error=True))
+        self._jobs = NewestJob(self._fail)
         self._make_widgets()
         self._open(self.study)
         self._observe()
@@ -251,6 +251,12 @@ def _draw_landscape(self: Explorer, change: Any = None) -> None:
     key, shape = (self.config.value, *self.trained_at.value), self.dimensions.value
     options = dict(kind=self.kind.value, n_directions=min(shape, 2), radius=self.radius.value, seed=self.directions.value, part=self.part.value)
     self._jobs.submit(lambda: self._landscapes(self.study, key, shape == 3, options))
+
+@patch
+def _fail(self: Explorer, error: Exception) -> None:
+    "Say why there is no landscape"
+    self.landscape.show(message_chart('nothing to show'))
+    self._say(self.landscape_text, str(error), error=True)
 
 @patch
 def _landscapes(self: Explorer, study: StudyReader, key: tuple, as_surface: bool, options: dict[str, Any]) -> Iterator[None]:

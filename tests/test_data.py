@@ -404,7 +404,7 @@ def test_labels(y, classes, expected, names):
     (dict(y=[0.5, 1]*3), 'whole numbers or strings'), (dict(y=np.zeros((6, 2))), 'one label for each'), (dict(y=[0]*6), 'one class only'),
     (dict(y=[0, 1, 2, 3, 4, 5]), 'at least 2'), (dict(y=[0, 3]*3, classes=['a', 'b']), 'holds 3'), (dict(y=['a', 'c']*3, classes=['a', 'b']), "holds 'c'"),
     (dict(classes=['a', 'b', 'c']), "class 'c' of arrays has too few"), (dict(test_x=np.zeros((1, 2))), 'give both or neither'),
-    (dict(test_x=np.zeros((1, 3)), test_y=[0]), r'samples of shape \(3,\)'), (dict(y=np.array(['a', None]*3, dtype=object)), 'whole numbers or strings'), (dict(y=[np.nan, 1.]*3), 'whole numbers or strings')])
+    (dict(test_x=np.zeros((1, 3)), test_y=[0]), r'samples of shape \(3,\)'), (dict(y=np.array(['a', None]*3, dtype=object)), 'y holds None in row 1'), (dict(y=[np.nan, 1.]*3), 'y holds nan in row 0')])
 def test_bad_arrays(change, message):
     with pytest.raises(InputError, match=message) as error: from_arrays(**{**dict(x=np.zeros((6, 2)), y=[0, 1]*3), **change})
     one_sentence(error)

@@ -270,7 +270,7 @@ def write_site(
     details: Sequence[dict[str, Details]], # Of each study, by config_id
     version: str = '', # Of a served site, whose pages ask whether it is still theirs
     on_study: Callable[[StudyReader], None] = lambda study: None, # Called before a study's pages are written
-) -> Path: # Its index.html
+) -> Path: # The page to begin with: index.html, or the study's own where there is one alone
     "Write every page from what was read"
     out, names = Path(out), _folder_names(studies)
     def page(template: str, path: str, **values: Any) -> None:
@@ -285,7 +285,7 @@ def write_site(
     hrefs = [f'{name}/index.html' for name in names]
     if len(studies) > 1: page('compare.html', 'compare.html', **_compare_page(studies, hrefs))
     page('index.html', 'index.html', table=_index_table(studies, hrefs))
-    return out/'index.html'
+    return out/(hrefs[0] if len(studies) == 1 else 'index.html')
 
 def all_details(
     studies: Sequence[StudyReader],
@@ -304,7 +304,7 @@ def write_report(
     out: str|Path, # Folder of the site
     details: float = 20.0, # Seconds for landscapes and answers of trained models, shared by all studies
     progress: bool = True, # Show a bar where there are several?
-) -> Path: # Its index.html; raises `InputError` for a folder without a study
+) -> Path: # The page to begin with; raises `InputError` for a folder without a study
     "Write the site of some studies"
     folders = [folders] if isinstance(folders, (str, Path)) else list(dict.fromkeys(map(str, folders)))
     writable_folder(out)

@@ -274,7 +274,7 @@ def create_study(
             row.pop('nan')
             return connection.execute(sa.insert(STUDY), row).inserted_primary_key[0]
     if known.settings_digest == digest(now): return known.id
-    strip = lambda d: {**d['settings'], 'fingerprint': d['fingerprint'], 'space': d['space']}
+    strip = lambda d: {**d['settings'], 'other data, of fingerprint': d['fingerprint'], 'space': d['space']}
     raise InputError(f'study {name!r} was begun with {_differences(strip(known._mapping), strip(now))}; choose another name or folder')
 
 # %% ../nbs/41_store.ipynb #41store024

@@ -100,6 +100,23 @@ def predict(self: FidelityGP,
     variance = own.numpy()-(whitened**2).sum(0)
     return self.centre+self.scale*(cross.T@self._weights), self.scale*np.sqrt(variance.clip(1e-10))
 
+@patch
+def left_out(self: FidelityGP,
+    groups: np.ndarray, # (n,) of the rows of `fit`
+) -> np.ndarray: # (n,) in predicted deviations, noise included
+    "How far each row lies from what the rows of other groups predict of it"
+    inverse, residuals = cho_solve((self._factor, True), np.eye(len(groups)), check_finite=False), np.empty(len(groups))
+    for group in np.unique(groups):
+        rows = np.flatnonzero(groups == group)
+        covariance = np.linalg.inv(inverse[np.ix_(rows, rows)])
+        residuals[rows] = covariance@self._weights[rows]/np.sqrt(covariance.diagonal())
+    return residuals
+
+@patch(as_prop=True)
+def noise(self: FidelityGP) -> float: # Deviation, in units of the score
+    "What a score that is seen differs by from the score without its noise"
+    return self.scale*math.exp(self.parameters[self.d+1]/2)
+
 # %% ../nbs/53_surrogate.ipynb #53surrogate00d
 @functools.cache
 def _controller() -> ThreadpoolController: return ThreadpoolController()

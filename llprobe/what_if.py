@@ -4,6 +4,7 @@
 
 # %% ../nbs/83_what_if.ipynb #83whatif003
 from __future__ import annotations
+import math
 from typing import Any, Sequence
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from scipy.stats import norm
@@ -47,24 +48,33 @@ class WhatIf:
     ):
         rows = [r for r in study.records if r['status'] != 'crashed' and r['val_score'] is not None and np.isfinite(r['val_score'])]
         if (n := len({r['config_id'] for r in rows})) < 4: raise InputError(f'a prediction for untried configs needs 4 tried ones, and {study.name!r} has {n}: probe more')
-        self.name, self.n_records, self.space, self.chance = study.name, len(rows), study.space, study.chance
+        self.name, self.n_records, self.space, self.chance, self.n_val = study.name, len(rows), study.space, study.chance, study.n_val
         scores = [study.chance if r['status'] == 'diverged' else r['val_score'] for r in rows]
         level = np.log([r['level'] for r in rows])
         x, z = self.space.encode([r['config'] for r in rows]), log_odds_error(np.array(scores), study.n_val, study.chance)[0]
         exponent, spread = study.metamodel().spread
         self._distance_std = spread*-level.max()
-        with one_thread(): self._gp = FidelityGP(x.shape[1]).fit(x, fidelities(rows), z+exponent*level)
+        with one_thread():
+            self._gp = FidelityGP(x.shape[1]).fit(x, fidelities(rows), z+exponent*level)
+            residuals = pd.Series(np.abs(self._gp.left_out(np.array([r['config_id'] for r in rows]))))
+        self._residuals = np.sort(residuals.groupby([r['config_id'] for r in rows]).last()) # one of each config; records come by level
 
     def __repr__(self) -> str: return f'WhatIf({self.name!r}, from {self.n_records} trainings)'
 
     def predict(self,
         configs: Sequence[dict[str, Any]], # n, of the space
         coverage: float = 0.9, # Of the interval
-    ) -> pd.DataFrame: # n rows: median, low, high
+    ) -> pd.DataFrame: # n rows: median, low, high of the validation score
         "What these configs would reach in full"
         with one_thread(): mean, std = self._gp.predict(self.space.encode(list(configs)), [1.0, 1.0])
-        half = norm.ppf(0.5+coverage/2)*np.hypot(std, self._distance_std)
+        sampling = log_odds_error(score_at(mean, self.chance), self.n_val, self.chance)[1] # a score is seen on so many validation samples
+        half = self._deviations(coverage)*np.sqrt(std**2+self._distance_std**2+np.maximum(self._gp.noise**2, sampling))
         return pd.DataFrame({name: score_at(z, self.chance) for name, z in dict(median=mean, low=mean+half, high=mean-half).items()})
+
+    def _deviations(self, coverage: float) -> float:
+        "Half an interval in predicted deviations: as of a normal distribution, or what holds the tried configs when each is predicted from the others"
+        n = len(self._residuals)
+        return max(norm.ppf(0.5+coverage/2), self._residuals[min(n, math.ceil((n+1)*coverage))-1])
 
     def slice(self,
         values: dict[str, Any], # As for `complete`

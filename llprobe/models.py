@@ -208,10 +208,11 @@ def architecture_name(
 def source_digest(
     name: str|None, # 'package.module:function', or another name
 ) -> str|None: # None for llprobe's own and timm's, and where there is no file
-    "A digest of the file that an architecture or a training is written in"
+    "A digest of the file that an architecture or a training is written in; of a script only the function, for the rest changes from run to run"
     if not name or ':' not in name or name.startswith('timm:'): return None
-    try: return digest(inspect.getsource(importlib.import_module(name.split(':')[0])))
-    except (ImportError, OSError, TypeError): return None
+    module, function = name.split(':', 1)
+    try: return digest(inspect.getsource(import_function(name, 'architecture') if module == '__main__' else importlib.import_module(module)))
+    except (ImportError, OSError, TypeError, InputError): return None
 
 # %% ../nbs/11_models.ipynb #11models020
 @contextlib.contextmanager

@@ -113,9 +113,9 @@ class AdaptiveSearch:
             encoded = np.c_[encoded, norm.cdf(sources/max(np.std(sources), 1e-9))]
         else: sources = None
         n, d = encoded.shape
-        self.encoded, self.ladder, self.seed, self.lag, self.floor = encoded, list(ladder), seed, lag, floor
+        self.encoded, self.ladder, self.seed, self.lag, self.floor = encoded, list(ladder), seed, min(lag, n), floor # a candidate has one step at a time
         self.prior, self.budget, self.min_improvement, self.full_share, self.choose_levels = prior, budget, min_improvement, full_share, choose_levels
-        self.n_initial = min(n, max(lag, int(np.clip(4*d, 8, 32)) if n_initial is None else n_initial))
+        self.n_initial = min(n, max(self.lag, int(np.clip(4*d, 8, 32)) if n_initial is None else n_initial))
         self.fidelity = _fidelity(self.ladder)
         self._second = next((k for k, r in enumerate(self.ladder) if r.level > self.ladder[0].level), None) # rung of the pilot; one level alone needs none
         self.steps: list[Step] = []

@@ -201,10 +201,11 @@ def _overheads(split: Split, settings: StudySettings) -> tuple[float, float, flo
 def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], split: Split, features: dict[str, float], start: WarmStart|None) -> Search:
     "Within the budget, or by successive levels"
     n, chance = len(split.val), split.dataset.chance_score
+    n_full = settings.full_trainings if settings.n_full else min(settings.full_trainings, len(configs)) # nobody asked for more than there are
     model = PowerLawModel(n, chance, **(dict(prior=start.prior) if start and start.prior else {}))
-    if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features, settings.full_trainings)
+    if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features, n_full)
     return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, settings.epochs, *_overheads(split, settings),
-                        settings.full_trainings, relative_costs(configs, settings.probe.training), seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
+                        n_full, relative_costs(configs, settings.probe.training), seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
                         sources=np.array(start.predictions) if start and start.predictions else None)
 
 # %% ../nbs/61_study.ipynb #61study011

@@ -356,6 +356,12 @@ def test_a_budget_holds_where_some_trainings_cost_twice_as_much(tmp_path):
     assert out['n_configs'] < fte['all_configs_in_full'] < 2*out['n_configs']
 
 
+def test_a_large_budget_for_a_small_space_trains_all_of_it(tmp_path):
+    settings = StudySettings(levels=(0.1, 0.2), budget=15, probe=ProbeSettings(train=TrainSettings(n_epochs=2)))
+    out = run_study('digits', tmp_path/'out', SearchSpace('mlp', dict(width=[8, 16, 32])), settings, n_workers=1, progress=False)
+    assert len(out['full_trainings']) == 3
+
+
 @pytest.mark.parametrize('architecture, budget, message', [
     (without_numbers, None, '^all 8 probes at level 0.1 diverged: lower the learning rates'),
     (broken_or_without_numbers, None, '^all 8 probes at level 0.1 crashed or diverged, the first crash with .*no such'),

@@ -273,7 +273,7 @@ def test_broken_files_are_named(tmp_path, text, message):
 @pytest.mark.parametrize('entry, message', [
     ('{low: 1}', 'needs numbers for low and high'), ('{high: 1}', 'needs low and high'), ('{low: 2, high: 1}', 'low must be below high'),
     ('{low: 1, high: 1}', 'low must be below high'), ('{low: 0, high: 1.0, log: true}', 'must start above 0'),
-    ('{low: 1e-14, high: 1, log: true}', 'must start above 0'), ('{low: .nan, high: 1}', 'finite'), ('{low: 0, high: .inf}', 'finite'),
+    ('{low: 1e-14, high: 1, log: true}', 'start at 1e-13 or above'), ('{low: .nan, high: 1}', 'finite'), ('{low: 0, high: .inf}', 'finite'),
     ('{low: a, high: b}', 'needs numbers'), ('{low: true, high: 3}', 'needs numbers'), ('{low: 1, high: 2, log: 10}', 'write true or false'),
     ('{low: 1, high: 2, step: 1}', "unknown key 'step'"), ('{values: [a, b], ordered: maybe}', 'write true or false'), ('[]', 'at least one value'),
     ('{}', 'needs low and high'), ('{values: 3}', 'needs a list'), ('[1, 1.0]', 'twice'), ('[[1, 2], [3]]', 'use finite numbers'),

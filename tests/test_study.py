@@ -395,7 +395,7 @@ def regression(tmp_path_factory) -> Path:
 def test_a_regression_runs_end_to_end(regression):
     values = json.loads((regression/'result.json').read_text())
     assert (values['metric'], values['architecture'], len(values['predictions'])) == ('r2', 'mlp', 6)
-    assert list(values['reached']) == ['val_r2', 'test_r2', 'val_loss', 'test_loss'] and list(values['predicted']) == ['val_r2', 'std']
+    assert list(values['reached']) == ['val_r2', 'test_r2', 'val_loss', 'test_loss', 'val_rmse', 'test_rmse'] and list(values['predicted']) == ['val_r2', 'std']
     assert 0.2 < values['reached']['test_r2'] < 0.8
     page = ''.join(p.read_text() for p in (regression/'report').rglob('*.html'))
     assert 'validation R²' in page and 'accuracy' not in page

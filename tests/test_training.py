@@ -133,7 +133,7 @@ def test_averages_are_those_of_pytorch(kind, iris):
     config, indices = dict(averaging=kind, ema_decay=0.9, swa_start=0.5, batch_size=32), torch.arange(len(iris.train))
     long = TrainSettings(n_epochs=4, device='cpu')
     trainer = Trainer(network(iris, config), config, iris, indices, long)
-    own = AveragedModel(trainer.model, avg_fn=(lambda avg, new, _: 0.9*avg+0.1*new) if kind == 'ema' else None)
+    own = AveragedModel(trainer.model, avg_fn=(lambda avg, new, n: avg+(1-min(0.9, (1+n)/(10+n)))*(new-avg)) if kind == 'ema' else None)
     step = trainer.optimizer.step
     if kind == 'ema':
         trainer.optimizer.step = lambda: (step(), own.update_parameters(trainer.model))

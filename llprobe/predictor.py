@@ -26,7 +26,7 @@ def predictor_facts(
 ) -> dict[str, Any]: # JSON-ready
     "What a network needs to answer for raw samples"
     dataset = split.dataset
-    return dict(architecture=architecture, config=config, input_shape=list(dataset.input_shape), is_image=dataset.is_image, classes=list(dataset.classes), columns=list(dataset.columns), dataset=dataset.name,
+    return dict(architecture=architecture, config=config, input_shape=list(dataset.input_shape), classes=list(dataset.classes), columns=list(dataset.columns), dataset=dataset.name,
                 mean=split.mean.tolist(), std=split.std.tolist(), target_mean=split.target_mean, target_std=split.target_std, llprobe=importlib.metadata.version('llprobe'))
 
 def save_predictor(
@@ -97,5 +97,6 @@ def load_predictor(
     if facts is None: raise InputError(f'{file} has weights alone, without what a prediction needs: run the study again with this version of llprobe, in another folder')
     if facts['architecture'] is None: raise InputError(f'{file} was trained by a function of your own: build its network there, and load the weights with safetensors.torch.load_file')
     model = build_model(facts['architecture'], facts['config'], tuple(facts['input_shape']), len(facts['classes']) or 1)
-    model.load_state_dict(weights)
+    try: model.load_state_dict(weights)
+    except RuntimeError as error: raise InputError(f'{file} does not fit the network that {facts["architecture"]} builds now ({" ".join(str(error).split())[:200]}): bring back the source that it was trained with') from error
     return Predictor(model, facts)

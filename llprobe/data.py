@@ -110,11 +110,12 @@ def _dataset(name: str, tensors: dict[str, Tensor], classes: Sequence[str], task
 def _of_pandas(values: Any) -> np.ndarray:
     "Of a frame or series; floats where numbers, booleans and missing values are mixed"
     import pandas as pd
+    values = values.infer_objects()
     if (array := np.asarray(values)).dtype.kind != 'O': return array
     columns = values if isinstance(values, pd.DataFrame) else pd.DataFrame(values)
     words = [name for name in columns if not pd.api.types.is_numeric_dtype(columns[name])] # booleans are numeric
     if words and isinstance(values, pd.DataFrame): raise InputError(f'the columns {", ".join(map(str, words))} hold no numbers: encode them, such as with pandas.get_dummies, or leave them out')
-    return array if words else values.to_numpy(dtype=float, na_value=np.nan)
+    return np.asarray(values.astype(object).where(values.notna(), None)) if words else values.to_numpy(dtype=float, na_value=np.nan)
 
 def _as_numpy(values: Any) -> np.ndarray:
     "A NumPy array of a tensor, array, frame or list"
@@ -142,7 +143,9 @@ def as_inputs(
 # %% ../nbs/01_data.ipynb #01data00c
 def column_names(values: Any) -> list[str]: # Empty for what is no frame
     "The names that features come with"
-    return [str(name) for name in values.columns] if hasattr(values, 'columns') else []
+    names = [str(name) for name in values.columns] if hasattr(values, 'columns') else []
+    if twice := [name for name in names if names.count(name) > 1]: raise InputError(f'two columns are called {twice[0]!r}: rename or drop one of them')
+    return names
 
 def _as_features(x: np.ndarray, what: str, names: list[str]) -> Tensor:
     "Finite float32"
@@ -150,13 +153,18 @@ def _as_features(x: np.ndarray, what: str, names: list[str]) -> Tensor:
     if not np.isfinite(single).all():
         row, column = np.argwhere(~np.isfinite(single))[0]
         raise InputError(f'{what} holds {single[row, column]} in row {row}, column {names[column] if names else column}: fill in or drop what is missing or infinite')
-    for column in np.flatnonzero(_is_too_fine(x)): warnings.warn(f'column {names[column] if names else column} of {what} varies by {np.ptp(x[:, column]):g} about {x[0, column]:g}, finer than float32 can tell: subtract its mean first', stacklevel=4)
     return torch.from_numpy(single)
 
-def _is_too_fine(x: np.ndarray) -> np.ndarray: # (…,) booleans for (n, …)
-    "Do values differ by less than a hundred steps of float32 about them?"
-    span = np.ptp(x.astype(np.float64), axis=0)
-    return (span > 0) & (span < 100*np.spacing(np.abs(x).max(0).astype(np.float32)))
+def _is_too_fine(values: np.ndarray) -> bool: # Of `(n,)`
+    "Are different values the same in float32, and all of them less than a thousand of its steps apart?"
+    span = float(values.max())-float(values.min())
+    if not 0 < span < 1000*np.spacing(np.float32(np.abs(values).max())): return False
+    return len(np.unique(values.astype(np.float32))) < len(np.unique(values))
+
+def _tell_too_fine(x: np.ndarray, what: str, names: list[str]) -> None: # `(n, d)`
+    "Warn of columns that lose what they say"
+    for column, values in enumerate(x.T):
+        if _is_too_fine(values): warnings.warn(f'column {names[column] if names else column} of {what} varies by {np.ptp(values):g} about {values[0]:g}, finer than float32 can tell: subtract its mean first', stacklevel=3)
 
 def _as_pixels(x: np.ndarray, what: str) -> Tensor:
     "uint8; floats in [0, 1] are scaled to 0 … 255"
@@ -170,7 +178,7 @@ def _as_pixels(x: np.ndarray, what: str) -> Tensor:
 # %% ../nbs/01_data.ipynb #01data00e
 def _one_each(y: Any, n: int, what: str, kind: str) -> np.ndarray: # `(n,)`
     "Labels or targets, a single column as well"
-    y = _as_numpy(y)
+    y = _as_numpy(y.iloc[:, 0] if hasattr(y, 'columns') and y.shape[1] == 1 else y)
     if y.shape not in ((n,), (n, 1)): raise InputError(f'{what} has shape {y.shape}: give one {kind} for each of the {n} samples')
     return y.reshape(n)
 
@@ -226,6 +234,7 @@ def from_arrays(
         if inputs is None: continue
         prefix = 'test_'*(part == 'test')
         tensors[f'{part}_x'] = own = as_inputs(inputs, f'{prefix}x')
+        if own.ndim == 2: _tell_too_fine(_as_numpy(inputs), f'{prefix}x', column_names(inputs))
         if task == 'regression': tensors[f'{part}_y'] = _as_targets(targets, len(own), f'{prefix}y')
         else: tensors[f'{part}_y'], names = _as_labels(targets, names, classes, len(own), f'{prefix}y')
         if own.shape[1:] != (shape := tensors['train_x'].shape[1:]):

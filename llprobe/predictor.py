@@ -4,7 +4,7 @@
 
 # %% ../nbs/44_predictor.ipynb #44predictor003
 from __future__ import annotations
-import importlib.metadata, json
+import importlib.metadata, json, warnings
 from pathlib import Path
 from typing import Any
 import numpy as np, torch
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from .core import InputError, atomic_path
 from .data import Split, as_inputs, column_names, normalise
-from .models import build_model
+from .models import build_model, check_architecture, source_digest
 
 # %% auto #0
 __all__ = ['predictor_facts', 'save_predictor', 'Predictor', 'load_predictor']
@@ -26,7 +26,7 @@ def predictor_facts(
 ) -> dict[str, Any]: # JSON-ready
     "What a network needs to answer for raw samples"
     dataset = split.dataset
-    return dict(architecture=architecture, config=config, input_shape=list(dataset.input_shape), classes=list(dataset.classes), columns=list(dataset.columns), dataset=dataset.name,
+    return dict(architecture=architecture, config=config, input_shape=list(dataset.input_shape), classes=list(dataset.classes), columns=list(dataset.columns), dataset=dataset.name, source=source_digest(architecture),
                 mean=split.mean.tolist(), std=split.std.tolist(), target_mean=split.target_mean, target_std=split.target_std, llprobe=importlib.metadata.version('llprobe'))
 
 def save_predictor(
@@ -69,7 +69,7 @@ class Predictor:
 
     def predict(self,
         x: Any, # n samples, raw: as `data.from_arrays` takes them; the columns of a frame may be in any order
-    ) -> np.ndarray: # (n,) class names, or numbers in the target's units
+    ) -> np.ndarray: # (n,) class names, which are strings, or numbers in the target's units
         "The answer for each sample; `InputError` for samples of another kind"
         outputs = self._outputs(x)
         if self.classes: return np.array(self.classes)[outputs.argmax(1).numpy()]
@@ -89,13 +89,15 @@ def load_predictor(
     "The chosen model of a finished study; `InputError` if there is none, or if a function of the user's has made it"
     path = Path(path).expanduser()
     file = path/'best.safetensors' if path.is_dir() else path
-    if not file.is_file(): raise InputError(f'{file} does not exist: finish the study first')
+    if not file.is_file(): raise InputError(f'{file} does not exist: the study is not finished, or its full training failed, or the file was removed')
     try:
         with safe_open(file, 'pt') as content:
             facts, weights = json.loads((content.metadata() or {}).get('llprobe', 'null')), {key: content.get_tensor(key) for key in content.keys()}
     except (OSError, SafetensorError, ValueError) as error: raise InputError(f'{file} cannot be read ({error}): restore a copy') from error
     if facts is None: raise InputError(f'{file} has weights alone, without what a prediction needs: run the study again with this version of llprobe, in another folder')
     if facts['architecture'] is None: raise InputError(f'{file} was trained by a function of your own: build its network there, and load the weights with safetensors.torch.load_file')
+    if facts['source'] not in (None, source_digest(facts['architecture'])): warnings.warn(f'the source of {facts["architecture"]} has changed since {file} was written: its answers may be of another network', stacklevel=2)
+    check_architecture(facts['architecture'], facts['config'], tuple(facts['input_shape']), len(facts['classes']) or 1)
     model = build_model(facts['architecture'], facts['config'], tuple(facts['input_shape']), len(facts['classes']) or 1)
     try: model.load_state_dict(weights)
     except RuntimeError as error: raise InputError(f'{file} does not fit the network that {facts["architecture"]} builds now ({" ".join(str(error).split())[:200]}): bring back the source that it was trained with') from error

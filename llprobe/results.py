@@ -61,6 +61,7 @@ def summary_rows(
     equal = sum(r[val] == result['reached'][val] for r in result['full_trainings'])-1
     choice = f', and so did {equal} other{"s"*(equal > 1)} trained in full: the one predicted to be best was chosen' if equal > 0 else ''
     if result['status'] == 'crashed': choice, tested = f', the score of chance: the full training crashed with {result["error"]}', 'none'
+    elif result['status'] == 'diverged': choice, tested = ', the score of chance: the full training diverged', 'none'
     else: tested = show(result['reached'][test])+_error(result, 'test')
     failed = Counter(p['status'] for p in result['predictions'] if p['status'] in ('crashed', 'diverged'))
     failures = [('configs that failed', f'{", ".join(f"{n} {status}" for status, n in sorted(failed.items()))} of {len(result["predictions"])}')] if failed else []

@@ -201,11 +201,12 @@ def _overheads(split: Split, settings: StudySettings) -> tuple[float, float, flo
 def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], split: Split, features: dict[str, float], start: WarmStart|None) -> Search:
     "Within the budget, or by successive levels"
     n, chance = len(split.val), split.dataset.chance_score
-    n_full = settings.full_trainings if settings.n_full else min(settings.full_trainings, len(configs)) # nobody asked for more than there are
+    costs = relative_costs(configs, settings.probe.training)
+    n_full = settings.full_trainings if settings.n_full else max(1, min(settings.full_trainings//max(costs), len(configs))) # nobody asked for more than there are, or for more than a third of the budget
     model = PowerLawModel(n, chance, **(dict(prior=start.prior) if start and start.prior else {}))
     if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features, n_full)
     return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, settings.epochs, *_overheads(split, settings),
-                        n_full, relative_costs(configs, settings.probe.training), seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
+                        n_full, costs, seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
                         sources=np.array(start.predictions) if start and start.predictions else None)
 
 # %% ../nbs/61_study.ipynb #61study011
@@ -378,7 +379,8 @@ def _run_full(study: Study, trials: list[Trial], n_workers: int, executor: Execu
 
 def _take_full(study: Study, record: dict, anew: bool) -> None:
     "The weights first, then the record"
-    if weights := record.pop('weights', None):
+    weights = record.pop('weights', None)
+    if weights and record['status'] == 'ok':
         probe = study.settings.probe
         facts = predictor_facts(study.split, None if probe.training else architecture_name(probe.architecture), record['config'])
         save_predictor(study.out/'best.safetensors', safetensors.torch.load(weights), facts)
@@ -521,6 +523,7 @@ def _facts(study: Study) -> dict[str, Any]:
 def _errors(study: Study, final: dict[str, Any]) -> dict[str, float|None]: # In the target's units; none for classes
     "Root mean squared errors of a regression, from its R²"
     if study.split.dataset.classes: return {}
+    if final['status'] != 'ok': return dict(val_rmse=None, test_rmse=None)
     scores = {part: final[f'{part}_score'] for part in ('val', 'test')}
     return {f'{part}_rmse': None if score is None else math.sqrt((1-score)*float(study.split.inputs(part)[1].double().var(correction=0))) for part, score in scores.items()}
 

@@ -585,3 +585,22 @@ def test_a_folder_beside_train_and_test_is_not_left_out_in_silence(tmp_path):
                 Image.fromarray(np.full((8, 8), 30*i, np.uint8)).save(tmp_path/part/name/f'{i}.png')
     with pytest.warns(UserWarning, match='only train and test are read, and not val: validation samples are split off from train'):
         assert len(load_dataset(tmp_path, progress=False).train_y) == 8
+
+
+def test_labels_come_as_pandas_keeps_them():
+    x = np.arange(24.).reshape(12, 2)
+    for labels in (pd.Series(['a', 'b']*6, dtype='string'), pd.DataFrame(dict(y=['a', 'b']*6)), pd.Series(['a', 'b']*6, dtype='category')):
+        assert from_arrays(x, labels).classes == ('a', 'b')
+    assert from_arrays(x, pd.Series([0, 1]*6, dtype=object)).n_classes == 2
+    assert from_arrays(pd.DataFrame(dict(a=[1, 0.5]*6, b=[True, False]*6), dtype=object), [0, 1]*6).train_x[:2].tolist() == [[1, 1], [0.5, 0]]
+    with pytest.raises(InputError, match='y holds (None|nan) in row 1'):
+        from_arrays(x, pd.Series(['a', None]*6, dtype='string'))
+    with pytest.raises(InputError, match="two columns are called 'a'"):
+        from_arrays(pd.DataFrame(x, columns=['a', 'a']), [0, 1]*6)
+
+
+@pytest.mark.parametrize('values, is_told', [(1_000_000+np.arange(60.), False), (1990+np.arange(60.), False), (20240101+np.arange(60), True), (np.full(60, 1.7e9), False), (1.7e9+np.arange(60.), True),
+                                             (np.random.default_rng(0).normal(1000, 1, 60), False)])
+def test_only_what_float32_merges_is_told(values, is_told, recwarn):
+    from_arrays(pd.DataFrame(dict(v=values)), [0, 1]*30)
+    assert ['finer than float32' in str(w.message) for w in recwarn] == [True]*is_told

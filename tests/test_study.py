@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,9 +28,10 @@ from llprobe.core import InputError
 from llprobe.data import Dataset, from_arrays, load_dataset, split_dataset
 from llprobe.predictor import load_predictor
 from llprobe.probe import ProbeSettings
+from llprobe.results import summary_rows
 from llprobe.space import SearchSpace
 from llprobe.store import open_store
-from llprobe.study import StudySettings, run_study
+from llprobe.study import StudySettings, open_study, run_study
 from llprobe.training import TrainSettings
 
 LLPROBE = [sys.executable, '-m', 'llprobe.cli']
@@ -562,3 +564,49 @@ def test_errors_of_a_regression_are_in_its_units(tmp_path):
 def test_slips_are_answered_with_what_was_meant(tmp_path, arguments, said):
     done = run(tmp_path/'out', *arguments, arguments=[])
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+LATE = '''import math
+from torch import nn
+class Late(nn.Module):
+    "Diverges after so many steps that only a full training takes"
+    def __init__(self, config, input_shape, n_classes):
+        super().__init__()
+        self.net, self.steps = nn.Linear(input_shape[0], n_classes), 0
+    def forward(self, x):
+        self.steps += self.training
+        return self.net(x)*(math.nan if self.steps > 40 else 1)
+'''
+
+
+def test_a_full_training_that_diverges_leaves_no_model_and_no_error(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path/'net_that_diverges.py').write_text(LATE)
+    space = SearchSpace('net_that_diverges:Late', dict(learning_rate=[0.01, 0.03], batch_size=32))
+    settings = StudySettings(levels=(0.1,), n_configs=2, probe=ProbeSettings(train=TrainSettings(n_epochs=10)))
+    out = run_study('diabetes', tmp_path/'out', space, settings, n_workers=1, progress=False)
+    assert out['status'] == 'diverged' and out['reached']['test_rmse'] is None and out['reached']['val_rmse'] is None
+    said = dict(summary_rows(out))
+    assert said['reached test R²'] == 'none' and said['reached validation R²'].endswith('the full training diverged')
+    with pytest.raises(InputError, match='or its full training failed'):
+        load_predictor(tmp_path/'out')
+
+
+def test_a_predictor_tells_that_its_source_has_changed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path/'net_of_a_predictor.py'
+    source.write_text(NET.format(activation='ReLU'))
+    run_study('digits', tmp_path/'out', SearchSpace('net_of_a_predictor:net', dict(width=[8, 16])), StudySettings(levels=(0.1,), n_configs=2), n_workers=1, progress=False)
+    with warnings.catch_warnings(action='error'):
+        load_predictor(tmp_path/'out')
+    source.write_text(NET.format(activation='Tanh'))
+    with pytest.warns(UserWarning, match='net_of_a_predictor:net has changed'):
+        load_predictor(tmp_path/'out')
+
+
+def test_a_budget_of_any_size_fits_trainings_that_cost_twice(tmp_path):
+    space = SearchSpace('mlp', dict(width=[16, 32], learning_rate=dict(low=0.01, high=0.3, log=True), sharpness_aware=['none', 'sam']))
+    for budget in (5.9, 6, 10):
+        settings = StudySettings(levels=(0.1, 0.2), budget=budget, probe=ProbeSettings(train=TrainSettings(n_epochs=3)))
+        with open_study('iris', tmp_path/str(budget), space, settings).store:
+            pass

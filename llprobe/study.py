@@ -202,7 +202,7 @@ def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], sp
     "Within the budget, or by successive levels"
     n, chance = len(split.val), split.dataset.chance_score
     costs = relative_costs(configs, settings.probe.training)
-    n_full = settings.full_trainings if settings.n_full else max(1, min(settings.full_trainings//max(costs), len(configs))) # nobody asked for more than there are, or for more than a third of the budget
+    n_full = settings.full_trainings if settings.n_full is not None else max(1, min(settings.full_trainings//max(costs), len(configs))) # nobody asked for more than there are, or for more than a third of the budget
     model = PowerLawModel(n, chance, **(dict(prior=start.prior) if start and start.prior else {}))
     if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features, n_full)
     return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, settings.epochs, *_overheads(split, settings),

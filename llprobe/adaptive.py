@@ -261,6 +261,7 @@ def _decide(self: AdaptiveSearch, k: int) -> Step|None:
 @patch
 def _trusts(self: AdaptiveSearch, n_known: int, enough: int = 3) -> bool:
     "Have the favourites done at least as well as the others, by their mean quantile after the first look?"
+    if not self.favourites: return True
     first = {s.candidate: self.results[s.number] for s in self._known(n_known) if s.rung == 0}
     is_favourite = np.array([c in self.favourites for c in first], bool)
     if is_favourite.sum() < enough or is_favourite.all(): return True

@@ -5,6 +5,7 @@
 # %% ../nbs/01_data.ipynb #01data003
 from __future__ import annotations
 import contextlib, functools, hashlib, json, os, socket, tempfile, warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, Sequence
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from .core import InputError, atomic_path, derive_seed, did_you_mean, digest, write_json
-from .images import decode_images, hash_files, list_images
+from .images import IMAGE_SUFFIXES, decode_images, hash_files, list_images
 
 # %% auto #0
 __all__ = ['TASKS', 'REGRESSIONS', 'DATASETS', 'Dataset', 'as_inputs', 'column_names', 'from_arrays', 'save_dataset',
@@ -129,10 +130,13 @@ def as_inputs(
     what: str='x', # What messages call them
 ) -> Tensor: # `(n, c, h, w)` uint8, or `(n, d)` float32
     "Raw inputs as data sets hold them"
-    x = _as_numpy(values)
+    return _checked_inputs(_as_numpy(values), column_names(values), what)
+
+def _checked_inputs(x: np.ndarray, names: list[str], what: str) -> Tensor: # As `as_inputs`; `names` of the columns, if they have any
+    "Images or features of an array"
     if x.dtype.kind not in 'buif': raise InputError(f'{what} has type {x.dtype}: give numbers')
     if not x.size: raise InputError(f'{what} of shape {x.shape} is empty')
-    if x.ndim == 2: return _as_features(x, what, column_names(values))
+    if x.ndim == 2: return _as_features(x, what, names)
     if x.ndim == 3: x = x[:, None]
     if x.ndim == 4 and x.shape[1] > 4 and x.shape[3] <= 4: x = np.moveaxis(x, 3, 1)
     if x.ndim != 4 or x.shape[1] > 4:
@@ -144,7 +148,7 @@ def as_inputs(
 def column_names(values: Any) -> list[str]: # Empty for what is no frame
     "The names that features come with"
     names = [str(name) for name in values.columns] if hasattr(values, 'columns') else []
-    if twice := [name for name in names if names.count(name) > 1]: raise InputError(f'two columns are called {twice[0]!r}: rename or drop one of them')
+    if twice := [name for name, n in Counter(names).items() if n > 1]: raise InputError(f'two columns are called {twice[0]!r}: rename or drop one of them')
     return names
 
 def _as_features(x: np.ndarray, what: str, names: list[str]) -> Tensor:
@@ -229,18 +233,19 @@ def from_arrays(
     "A data set from arrays; `InputError` for what cannot be trained on"
     _check_task(task, classes)
     if (test_x is None) != (test_y is None): raise InputError('test_x and test_y belong together: give both or neither')
-    names, tensors = None, {}
+    names, tensors, columns = None, {}, {}
     for part, inputs, targets in (('train', x, y), ('test', test_x, test_y)):
         if inputs is None: continue
         prefix = 'test_'*(part == 'test')
-        tensors[f'{part}_x'] = own = as_inputs(inputs, f'{prefix}x')
-        if own.ndim == 2: _tell_too_fine(_as_numpy(inputs), f'{prefix}x', column_names(inputs))
+        array, columns[part] = _as_numpy(inputs), column_names(inputs)
+        tensors[f'{part}_x'] = own = _checked_inputs(array, columns[part], f'{prefix}x')
+        if own.ndim == 2: _tell_too_fine(array, f'{prefix}x', columns[part])
         if task == 'regression': tensors[f'{part}_y'] = _as_targets(targets, len(own), f'{prefix}y')
         else: tensors[f'{part}_y'], names = _as_labels(targets, names, classes, len(own), f'{prefix}y')
         if own.shape[1:] != (shape := tensors['train_x'].shape[1:]):
             raise InputError(f'test_x has samples of shape {tuple(own.shape[1:])}, x of {tuple(shape)}')
-    if test_x is not None and column_names(test_x) != column_names(x): raise InputError(f'test_x has other columns than x, or in another order: give test_x[x.columns]')
-    return _dataset(name, tensors, () if task == 'regression' else names if classes is None else classes, task, column_names(x))
+    if columns.get('test', columns['train']) != columns['train']: raise InputError(f'test_x has other columns than x, or in another order: give test_x[x.columns]')
+    return _dataset(name, tensors, () if task == 'regression' else names if classes is None else classes, task, columns['train'])
 
 # %% ../nbs/01_data.ipynb #01data016
 def _tensors(dataset: Dataset) -> dict[str, Tensor]:
@@ -262,7 +267,7 @@ def save_dataset(
 # %% ../nbs/01_data.ipynb #01data017
 _TABLE = 'read it with pandas, and give its columns to from_arrays'
 _REMEDIES = dict.fromkeys(('.csv', '.tsv', '.xlsx', '.parquet', '.json'), _TABLE) | dict.fromkeys(('.npy', '.npz', '.pt', '.pth'), 'give its arrays to from_arrays') | dict.fromkeys(
-    ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff'), 'give the folder that holds a folder of images for each class') # By what another kind of file is called
+    IMAGE_SUFFIXES, 'give the folder that holds a folder of images for each class') # By what another kind of file is called
 
 def open_dataset(
     path: str|Path, # Made by `save_dataset`

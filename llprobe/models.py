@@ -263,10 +263,10 @@ def check_architecture(
     config: dict[str, Any],
     input_shape: tuple[int, ...],
     n_classes: int,
-) -> None:
-    "Build a network for a try; `InputError` says for which config and where in the user's code that fails"
+) -> nn.Module:
+    "Build a network; `InputError` says for which config and where in the user's code that fails"
     try:
-        with no_exit('it'): build_model(architecture, config, input_shape, n_classes)
+        with no_exit('it'): return build_model(architecture, config, input_shape, n_classes)
     except InputError: raise
     except Exception as error: # the user's function may raise anything
         name = getattr(architecture, '__qualname__', architecture)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from .core import InputError, atomic_path
 from .data import Split, as_inputs, column_names, normalise
-from .models import build_model, check_architecture, source_digest
+from .models import check_architecture, source_digest
 
 # %% auto #0
 __all__ = ['predictor_facts', 'save_predictor', 'Predictor', 'load_predictor']
@@ -97,8 +97,7 @@ def load_predictor(
     if facts is None: raise InputError(f'{file} has weights alone, without what a prediction needs: run the study again with this version of llprobe, in another folder')
     if facts['architecture'] is None: raise InputError(f'{file} was trained by a function of your own: build its network there, and load the weights with safetensors.torch.load_file')
     if facts['source'] not in (None, source_digest(facts['architecture'])): warnings.warn(f'the source of {facts["architecture"]} has changed since {file} was written: its answers may be of another network', stacklevel=2)
-    check_architecture(facts['architecture'], facts['config'], tuple(facts['input_shape']), len(facts['classes']) or 1)
-    model = build_model(facts['architecture'], facts['config'], tuple(facts['input_shape']), len(facts['classes']) or 1)
+    model = check_architecture(facts['architecture'], facts['config'], tuple(facts['input_shape']), len(facts['classes']) or 1)
     try: model.load_state_dict(weights)
     except RuntimeError as error: raise InputError(f'{file} does not fit the network that {facts["architecture"]} builds now ({" ".join(str(error).split())[:200]}): bring back the source that it was trained with') from error
     return Predictor(model, facts)

@@ -91,7 +91,7 @@ def _study_cards(study: StudyReader) -> list[tuple[str, str]]:
             ('cost, of all in full', _cost_text(study)), ('state', 'finished' if study.is_finished else 'not finished')]
 
 # %% ../nbs/80_report.ipynb #80report00a
-def _method(study: StudyReader) -> str:
+def _brief_method(study: StudyReader) -> str:
     "How a study searched, in few words"
     s = study.study['settings']
     return (f'budget {s["budget"]:g} FTE' if s.get('budget') else f'levels, best {s["promote"]:.0%}')+', warm start'*bool(s.get('warm_start'))
@@ -238,7 +238,7 @@ def _compare_page(studies: Sequence[StudyReader], hrefs: Sequence[str]) -> dict[
     for study, label, href in zip(studies, study_labels(studies), hrefs):
         show, (mean, std), final = _score(study), _predicted(study, study.best), study.final or {}
         spent, n = total_cost(study), max(study.all_in_full, 1)
-        rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(', '.join(f'{l:g}' for l in study.levels)), _Cell(_method(study)), _number(mean, show), _number(std, show), _number(final.get('val_score'), show),
+        rows.append([_Cell(label, href=href), _Cell(study.study['dataset']), _Cell(', '.join(f'{l:g}' for l in study.levels)), _Cell(_brief_method(study)), _number(mean, show), _number(std, show), _number(final.get('val_score'), show),
                      _number(final.get('test_score'), show), _number(spent, '{:.2f}'.format), _number(spent/n, '{:.0%}'.format)])
     for metric in dict.fromkeys(s.metric for s in studies):
         charts.append(_chart(compare_chart(studies, metric), f'Validation {METRICS[metric]} predicted for each study\'s choice and reached by it, and its test.'))

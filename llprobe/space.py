@@ -406,12 +406,12 @@ def describe(
     return pd.DataFrame([row(space.configspace[name]) for name in space.declared]).set_index('hyperparameter')
 
 # %% ../nbs/10_space.ipynb #10space03e
+def _repeated(keys: Sequence[Any]) -> list[Any]: return [key for key in keys if keys.count(key) > 1]
+
 class _Loader(yaml.SafeLoader):
     "YAML in which 1e-4 is a number and a repeated key an error"
     def construct_mapping(self, node: yaml.MappingNode, deep: bool=False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice: raise yaml.YAMLError(f"{twice[0]!r} stands twice, after line {node.start_mark.line+1}")
+        if twice := _repeated([key.value for key, _ in node.value]): raise yaml.YAMLError(f"{twice[0]!r} stands twice, after line {node.start_mark.line+1}")
         return super().construct_mapping(node, deep)
 
 class _Dumper(yaml.SafeDumper):
@@ -422,9 +422,7 @@ for _side in (_Loader, _Dumper):
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     "A mapping of JSON in which a repeated key is an error"
-    keys = [key for key, _ in pairs]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice: raise ValueError(f'{twice[0]!r} stands twice')
+    if twice := _repeated([key for key, _ in pairs]): raise ValueError(f'{twice[0]!r} stands twice')
     return dict(pairs)
 
 def _save(space: SearchSpace, path: str|Path) -> None:

@@ -101,6 +101,7 @@ class AdaptiveSearch:
         full_share: float|None = None, # Of the cost that goes to the highest level, at least, for the candidate predicted to be best there; by default 0.6 without a budget, and 0 within one
         choose_levels: bool = False, # Begin candidates at the rung that a pilot shows to be worth its cost, instead of at the lowest?
         relative_cost: Sequence[float]|None = None, # (n,) of each candidate's trainings, as multiples of the ladder's cost; by default 1
+        n_whole: int = 1, # Candidates that come to the end of a level before the budget is spent, as far as it and they allow
     ):
         encoded = np.asarray(encoded, float)
         if encoded.ndim != 2 or len(encoded) < 2: raise InputError(f'a search needs at least 2 candidates, got an array of shape {encoded.shape}')
@@ -114,7 +115,7 @@ class AdaptiveSearch:
         else: sources = None
         n, d = encoded.shape
         self.encoded, self.ladder, self.seed, self.lag, self.floor = encoded, list(ladder), seed, min(lag, n), floor # a candidate has one step at a time
-        self.prior, self.budget, self.min_improvement, self.full_share, self.choose_levels = prior, budget, min_improvement, full_share, choose_levels
+        self.prior, self.budget, self.min_improvement, self.full_share, self.choose_levels, self.n_whole = prior, budget, min_improvement, full_share, choose_levels, n_whole
         self.n_initial = min(n, max(self.lag, int(np.clip(4*d, 8, 32)) if n_initial is None else n_initial))
         self.fidelity = _fidelity(self.ladder)
         self._second = next((k for k, r in enumerate(self.ladder) if r.level > self.ladder[0].level), None) # rung of the pilot; one level alone needs none
@@ -174,10 +175,12 @@ def ask(self: AdaptiveSearch) -> list[Step]: # Empty when the search has finishe
     while not self.finished:
         told = next((k for k in range(len(self.steps)) if k not in self.results), len(self.steps))
         if len(self.steps)-told >= self.lag: break
-        with one_thread(): step = self._decide(len(self.steps))
-        if step is not None: self.steps.append(step)
-        elif told < len(self.steps): break # what runs may show more
-        else: self.finished = True
+        k = len(self.steps)
+        with one_thread(): step = self._decide(k, max(0, k-self.lag+1)) or (self._decide(k, k) if told == k and self.lag > 1 else None)
+        if step is None: # what runs may show more
+            self.finished = told == k
+            break
+        self.steps.append(step)
     waiting: dict[int, Step] = {}
     for s in self.steps:
         if s.number not in self.results: waiting.setdefault(s.candidate, s)
@@ -235,16 +238,15 @@ def _start(self: AdaptiveSearch, n_known: int) -> int: # Rung
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive014
 @patch
-def _decide(self: AdaptiveSearch, k: int) -> Step|None:
-    "The k-th step; None when nothing is left to do"
-    pending = {s.candidate: s.rung for s in self.steps[max(0, k-self.lag+1):]}
+def _decide(self: AdaptiveSearch, k: int, n_known: int) -> Step|None:
+    "The k-th step, from the results of the first `n_known`; None when these ask for no more"
+    pending = {s.candidate: s.rung for s in self.steps[n_known:]}
     begun = {s.candidate for s in self.steps}
-    n_known = max(0, k-self.lag+1)
     order = self.order if self._trusts(n_known) else range(len(self.order))
     fresh = [c for c in order if c not in begun]
     if due := self._due(k, n_known, pending): return due
-    if self.choose_levels and (pilot := self._pilot()): return self._affordable(k, *pilot)
-    if len(begun) < self.n_initial and fresh: return self._affordable(k, fresh[0], self._start(n_known), -1)
+    if self.choose_levels and (pilot := self._pilot()): return self._affordable(k, n_known, *pilot)
+    if len(begun) < self.n_initial and fresh: return self._affordable(k, n_known, fresh[0], self._start(n_known), -1)
     table = self.standing(n_known)
     rng = np.random.default_rng(derive_seed(self.seed, 'step', k))
     fresh = fresh if len(fresh) <= 300 else list(rng.choice(fresh, 300, replace=False))
@@ -253,10 +255,10 @@ def _decide(self: AdaptiveSearch, k: int) -> Step|None:
     if not len(candidates): return None
     reached = np.array([*table.loc[paused, 'rung'], *[-1]*len(fresh)], int)
     found = self._acquisition(n_known, pending, candidates, reached, rng)
-    if found is None: return self._last(k)
+    if found is None: return self._last(k, n_known)
     best = int(np.argmax(found[0]))
     candidate, stands = int(candidates[best]), int(reached[best])
-    return self._affordable(k, candidate, max(self._towards(int(found[1][best]), stands), self._start(n_known)), stands)
+    return self._affordable(k, n_known, candidate, max(self._towards(int(found[1][best]), stands), self._start(n_known)), stands)
 
 @patch
 def _trusts(self: AdaptiveSearch, n_known: int, enough: int = 3) -> bool:
@@ -286,7 +288,7 @@ def _due(self: AdaptiveSearch, k: int, n_known: int, pending: dict[int, int]) ->
     table = table[(table['rung'] < top) & ~table.index.isin(list(pending))]
     if not len(table): return None
     best = self._predicted_best(table, n_known, pending)
-    return self._affordable(k, best, top, int(table.loc[best, 'rung']))
+    return self._affordable(k, n_known, best, top, int(table.loc[best, 'rung']))
 
 @patch
 def _predicted_best(self: AdaptiveSearch, table: pd.DataFrame, n_known: int, pending: dict[int, int]) -> int: # A candidate
@@ -302,24 +304,38 @@ def _towards(self: AdaptiveSearch, target: int, reached: int) -> int: # Rung
     return reached+1 if reached < 0 else levels.index(levels[target])
 
 @patch
-def _affordable(self: AdaptiveSearch, k: int, candidate: int, rung: int, reached: int) -> Step|None:
-    "The step, if the budget leaves a full training after it"
-    left = self.budget-self.spent-self._cost(candidate, rung, reached)
-    enough = left >= self.relative_cost.max()*self.ladder[-1].cost-1e-9 or (rung == len(self.ladder)-1 and left >= -1e-9)
-    return Step(k, candidate, rung, reached) if enough else self._last(k)
+def _affordable(self: AdaptiveSearch, k: int, n_known: int, candidate: int, rung: int, reached: int) -> Step|None:
+    "The step, if the budget leaves a full training after it, and what brings `n_whole` candidates to an end"
+    top, left = len(self.ladder)-1, self.budget-self.spent-self._cost(candidate, rung, reached)
+    more = max(0, self.n_whole-1-len(self._whole(n_known))) # besides that full training
+    kept = self.relative_cost.max()*((rung < top)*self.ladder[top].cost+more*self.ladder[self._end(0)].cost)
+    return Step(k, candidate, rung, reached) if left >= kept-1e-9 else self._last(k, n_known)
 
 @patch
-def _last(self: AdaptiveSearch, k: int) -> Step|None:
-    "Bring the candidate predicted to be best to the top, unless it is there or the budget does not allow it"
-    top, n_known = len(self.ladder)-1, k-self.lag+1 if k >= self.lag else k # so few that all can be waited for
-    if k < self.lag and len(self.results) < k: return None
-    table = self.standing(n_known).dropna()
-    if not self.steps and self._cost(self.order[0], top) <= self.budget+1e-9: return Step(k, self.order[0], top, -1) # the budget is for one training only
-    if not len(table): return None
-    best = self._predicted_best(table, n_known, {})
-    reached = next(s.rung for s in reversed(self.steps) if s.candidate == best)
-    fits = reached < top and self.spent+self._cost(best, top, reached) <= self.budget+1e-9
-    return Step(k, best, top, reached) if fits else None
+def _whole(self: AdaptiveSearch, n_known: int) -> set[int]: # Candidates
+    "Which have come to the end of a level without a failure, as far as that is known"
+    failed = {s.number for s in self._known(n_known) if np.isnan(self.results[s.number])}
+    return {s.candidate for s in self.steps if s.rung == self._end(s.rung) and s.number not in failed}
+
+@patch
+def _end(self: AdaptiveSearch, rung: int) -> int: # Rung
+    "Where a training at a rung's level ends"
+    return max(k for k, r in enumerate(self.ladder) if r.level == self.ladder[rung].level)
+
+@patch
+def _last(self: AdaptiveSearch, k: int, n_known: int) -> Step|None:
+    "Bring the candidate predicted to be best to the top, but others to an end before that, until with it `n_whole` are there; None if the budget does not allow it"
+    table, whole, reached = self.standing(n_known).dropna(), self._whole(n_known), {s.candidate: s.rung for s in self.steps}
+    if self.steps and not len(table): return None
+    best = self._predicted_best(table, n_known, {}) if len(table) else self.order[0] # the budget is for one training only
+    candidate, rung = best, len(self.ladder)-1
+    if self.steps and len(whole | {best}) < self.n_whole:
+        paused, fresh = table[~table.index.isin([*whole, best])], [c for c in self.order if c not in reached]
+        candidate = self._predicted_best(paused, n_known, {}) if len(paused) else fresh[0] if fresh else best
+        if candidate != best: rung = self._end(reached.get(candidate, 0))
+    stands = reached.get(candidate, -1)
+    fits = stands < rung and self.spent+self._cost(candidate, rung, stands) <= self.budget+1e-9
+    return Step(k, candidate, rung, stands) if fits else None
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive015
 @patch

@@ -191,7 +191,7 @@ class BudgetSearch(Search):
         self.budget, self.last_stage, self.n_epochs, dearest = budget, 'after the budget', max(epochs), max(relative_cost or [1])
         if not budget >= (least := dearest*(n_full*final+ladder[-1].cost)):
             raise InputError(f'budget must be at least {least:.3g}, for one probe at level {max(self.levels):g} and {"the full training" if n_full == 1 else f"{n_full} full trainings"}, got {budget:g}')
-        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-dearest*n_full*final, relative_cost=relative_cost, **options)
+        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-dearest*n_full*final, relative_cost=relative_cost, n_whole=n_full, **options)
 
     def rung_sizes(self) -> list[int]: # Empty: it depends on what is found
         "Nothing is planned ahead"

@@ -43,7 +43,9 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     "Arguments of `llprobe run`"
     p = commands.add_parser('run', help='probe, predict, train the predicted best in full, test the best once', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                             description='Run a study, or resume it: the same command continues where an earlier one stopped.')
-    p.add_argument('--dataset', default='digits', help='name (see `llprobe datasets`), a folder of images, one sub-folder a class, or a file that save_dataset wrote')
+    p.add_argument('--dataset', default='digits', help='name (see `llprobe datasets`), a folder of images, one sub-folder a class, a CSV file with a --target, or a file that save_dataset wrote')
+    p.add_argument('--target', metavar='COLUMN', help='of a CSV file: the column to predict from the others')
+    p.add_argument('--regression', action='store_true', help='with --target: predict numbers; by default classes')
     p.add_argument('--out', type=Path, default=Path('runs/study'), help='folder of the study: database, figures, report, result.json, and the weights of the chosen full training (best.safetensors); those of probes are not kept')
     p.add_argument('--levels', type=_number, nargs='+', action='extend', default=argparse.SUPPRESS, help='fractions of the training data, in (0, 1] (default: 0.1 0.2 0.3 0.4)')
     p.add_argument('--configs', type=_whole, default=argparse.SUPPRESS, dest='n_configs', metavar='CONFIGS', help='without a budget: how many configs to try (default: 16)')
@@ -117,6 +119,7 @@ def _check_say(args: argparse.Namespace) -> None:
     "Refuse what would have no say"
     for name, option in (_WITHIN if args.budget is None else _WITHOUT).items():
         if name in args: raise InputError(f'{option} has no say {"without" if args.budget is None else "within"} a budget: leave it out{", or give --budget" if args.budget is None else ""}')
+    if args.regression and args.target is None: raise InputError('--regression has no say without a --target, the column of a CSV file: leave it out')
     if args.training and getattr(args, 'pauses', None): raise InputError('training of your own never pauses: leave out --pauses')
 
 def _settings(args: argparse.Namespace):
@@ -143,17 +146,24 @@ def run(args: argparse.Namespace) -> None:
     _check_say(args)
     if args.jobs != 1 and args.device != 'cuda': prepare_workers() # while this process imports as much
     space = _space(args) # a slip there is told before more is imported
+    dataset = _dataset(args)
     from llprobe.study import run_study
     sys.path.insert(0, str(Path.cwd())) # a model of one's own may lie in this folder
     finished = _finished(args.out)
     trackers = _trackers(args.track)
-    result = run_study(args.dataset, args.out, space, _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet, trackers=trackers)
+    result = run_study(dataset, args.out, space, _settings(args), n_workers=args.jobs, wait=args.wait, progress=not args.quiet, trackers=trackers)
     page = _write_report(args.out, details=5.0)
     _print_table(result, time.perf_counter()-start)
     for name, path in dict(report=page, figures=args.out/'figures', numbers=args.out/'result.json', weights=args.out/'best.safetensors').items():
         if path.exists(): print(f'{name:<8} {path}')
     if result['status'] == 'crashed': raise InputError(f'the full training crashed with {result["error"]}: mend what caused it, and run the same command again; the probes are kept')
     if finished and finished == _finished(args.out): print('\nthe study was finished before, so no probe and no full training was run: for more configs, a larger budget or other settings choose another --out')
+
+def _dataset(args: argparse.Namespace):
+    "What `run_study` takes: a name or path, or the data of a table"
+    if args.target is None: return args.dataset
+    from llprobe.data import load_dataset
+    return load_dataset(args.dataset, target=args.target, task='regression' if args.regression else 'classification')
 
 def _finished(out: Path) -> int: # 0 if it has not come to its end
     "How many trainings that did not crash a folder's finished study has"
@@ -236,7 +246,7 @@ def datasets(args: argparse.Namespace) -> None:
     "List the data sets known by name"
     from llprobe.data import DATASETS, REGRESSIONS
     print('\n'.join(f'{name} (regression)' if name in REGRESSIONS else name for name in DATASETS))
-    print('\nor a folder of images: train/<class>/* and test/<class>/*, or <class>/*\n$LLPROBE_DATA/<name>/ in that layout comes before any download\nor a file that save_dataset wrote')
+    print('\nor a folder of images: train/<class>/* and test/<class>/*, or <class>/*\n$LLPROBE_DATA/<name>/ in that layout comes before any download\nor a CSV file, with --target COLUMN\nor a file that save_dataset wrote')
 
 # %% ../nbs/90_cli.ipynb #90cli00e
 def explain(args: argparse.Namespace) -> None:
@@ -279,8 +289,11 @@ def _export_optuna(args: argparse.Namespace) -> None:
 # %% ../nbs/90_cli.ipynb #90clin26
 _FIELDS = {'n_workers': '--jobs', 'n_full': '--full', 'n_configs': '--configs', 'choose_levels': '--choose-levels', 'warm_start': '--warm-start', 'probe.train.n_epochs': '--epochs'}
 
+_PHRASES = {"pass task='regression'": 'give --regression', 'predict with target': 'predict with --target', 'target is for': '--target is for'}
+
 def _by_option(sentence: str) -> str:
     "Options in place of fields that have another name"
+    for phrase, option in _PHRASES.items(): sentence = sentence.replace(phrase, option)
     return re.sub(r'(?<!\S)[\w.]+(?=\s)', lambda word: _FIELDS.get(word[0], word[0]), sentence)
 
 # %% ../nbs/90_cli.ipynb #90clin21

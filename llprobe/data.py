@@ -5,7 +5,6 @@
 # %% ../nbs/01_data.ipynb #01data003
 from __future__ import annotations
 import contextlib, functools, hashlib, json, os, socket, tempfile, warnings
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, Sequence
@@ -15,12 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from .core import InputError, atomic_path, derive_seed, did_you_mean, digest, write_json
+from .frames import column_names, encode_words, pandas_array, read_csv
 from .images import IMAGE_SUFFIXES, decode_images, hash_files, list_images
 
 # %% auto #0
-__all__ = ['TASKS', 'REGRESSIONS', 'DATASETS', 'Dataset', 'as_inputs', 'column_names', 'from_arrays', 'save_dataset',
-           'open_dataset', 'cache_folder', 'cached_file', 'load_dataset', 'strata', 'stratified_mask', 'Split',
-           'normalise', 'split_dataset']
+__all__ = ['TASKS', 'REGRESSIONS', 'DATASETS', 'Dataset', 'as_inputs', 'from_arrays', 'save_dataset', 'open_dataset',
+           'cache_folder', 'cached_file', 'load_dataset', 'strata', 'stratified_mask', 'Split', 'normalise',
+           'split_dataset']
 
 # %% ../nbs/01_data.ipynb #01data005
 TASKS = ('classification', 'regression')
@@ -37,6 +37,7 @@ class Dataset:
     fingerprint: str # Digest of the content: equal data, equal fingerprint, whatever the name
     task: str = 'classification' # One of `TASKS`
     columns: tuple[str, ...] = () # Names of the features, if they came in a frame
+    labels: tuple[str|int|bool, ...] = () # What the classes are called in the data, such as whole numbers; the class names if it is empty
 
     @property
     def n_classes(self) -> int: # 0 for a regression
@@ -89,38 +90,30 @@ def _check_counts(train_y: Tensor, classes: Sequence[str], where: str) -> None:
         raise InputError(f'{where} has one class only ({", ".join(classes) or "none"}): classification needs at least 2')
     counts = torch.bincount(train_y, minlength=len(classes))
     rarest = int(counts.argmin())
+    numbers = ", or pass task='regression' to predict numbers" if classes[rarest].lstrip('-').isdecimal() else ''
     if counts[rarest] < 2:
         raise InputError(f'class {classes[rarest]!r} of {where} has too few training samples ({int(counts[rarest])}): '
-                         'at least 2 are needed, so add some or leave the class out')
+                         f'at least 2 are needed, so add some or leave the class out{numbers}')
 
 def _check_targets(y: Tensor, what: str, remedy: str) -> None:
     "Raise unless there are two different targets or more"
     if (y != y[0]).any(): return
     raise InputError(f'{what} has one target only ({y[0]:g}, samples: {len(y)}), but R² needs different ones: {remedy}')
 
-def _dataset(name: str, tensors: dict[str, Tensor], classes: Sequence[str], task: str='classification', columns: Sequence[str]=()) -> Dataset:
+def _dataset(name: str, tensors: dict[str, Tensor], labels: Sequence[str|int|bool], task: str='classification', columns: Sequence[str]=()) -> Dataset:
     "Check, fingerprint and wrap"
-    classes = tuple(map(str, classes))
+    labels = tuple(np.asarray(labels).tolist())
+    classes = tuple(map(str, labels))
     if task == 'classification': _check_counts(tensors['train_y'], classes, name)
     else: _check_targets(tensors['train_y'], name, 'give a target that varies')
     tensors = {key: t.contiguous() for key, t in tensors.items()}
     return Dataset(name, tensors['train_x'], tensors['train_y'], tensors.get('test_x'), tensors.get('test_y'), classes,
-                   _fingerprint(tensors, classes), task, tuple(map(str, columns)))
+                   _fingerprint(tensors, classes), task, tuple(columns), labels)
 
 # %% ../nbs/01_data.ipynb #01data00b
-def _of_pandas(values: Any) -> np.ndarray:
-    "Of a frame or series; floats where numbers, booleans and missing values are mixed"
-    import pandas as pd
-    values = values.infer_objects()
-    if (array := np.asarray(values)).dtype.kind != 'O': return array
-    columns = values if isinstance(values, pd.DataFrame) else pd.DataFrame(values)
-    words = [name for name in columns if not pd.api.types.is_numeric_dtype(columns[name])] # booleans are numeric
-    if words and isinstance(values, pd.DataFrame): raise InputError(f'the columns {", ".join(map(str, words))} hold no numbers: encode them, such as with pandas.get_dummies, or leave them out')
-    return np.asarray(values.astype(object).where(values.notna(), None)) if words else values.to_numpy(dtype=float, na_value=np.nan)
-
 def _as_numpy(values: Any) -> np.ndarray:
     "A NumPy array of a tensor, array, frame or list"
-    if hasattr(values, 'to_numpy'): return _of_pandas(values)
+    if hasattr(values, 'to_numpy'): return pandas_array(values)
     if not isinstance(values, Tensor): return np.asarray(values)
     values = values.detach().cpu()
     return (values.float() if values.is_floating_point() else values).numpy()
@@ -145,12 +138,6 @@ def _checked_inputs(x: np.ndarray, names: list[str], what: str) -> Tensor: # As 
     return _as_pixels(x, what)
 
 # %% ../nbs/01_data.ipynb #01data00c
-def column_names(values: Any) -> list[str]: # Empty for what is no frame
-    "The names that features come with"
-    names = [str(name) for name in values.columns] if hasattr(values, 'columns') else []
-    if twice := [name for name, n in Counter(names).items() if n > 1]: raise InputError(f'two columns are called {twice[0]!r}: rename or drop one of them')
-    return names
-
 def _as_features(x: np.ndarray, what: str, names: list[str]) -> Tensor:
     "Finite float32"
     with np.errstate(over='ignore'): single = x.astype(np.float32)
@@ -222,7 +209,7 @@ def _check_task(task: str, classes: Sequence[str]|None) -> None:
 
 # %% ../nbs/01_data.ipynb #01data011
 def from_arrays(
-    x: Any, # Images `(n, h, w)`, `(n, c, h, w)` or `(n, h, w, c)`, or features `(n, d)`: NumPy, torch, pandas or nested lists
+    x: Any, # Images `(n, h, w)`, `(n, c, h, w)` or `(n, h, w, c)`, or features `(n, d)`: NumPy, torch, pandas or nested lists; columns of words in a frame are encoded
     y: Any, # `(n,)` labels: whole numbers or strings; for a regression, numbers
     test_x: Any=None, # Test inputs of the same shape
     test_y: Any=None, # Test labels, or numbers
@@ -237,6 +224,7 @@ def from_arrays(
     for part, inputs, targets in (('train', x, y), ('test', test_x, test_y)):
         if inputs is None: continue
         prefix = 'test_'*(part == 'test')
+        if column_names(inputs): inputs = encode_words(inputs, columns.get('train', ()), f'{prefix}x')
         array, columns[part] = _as_numpy(inputs), column_names(inputs)
         tensors[f'{part}_x'] = own = _checked_inputs(array, columns[part], f'{prefix}x')
         if own.ndim == 2: _tell_too_fine(array, f'{prefix}x', columns[part])
@@ -257,7 +245,7 @@ def save_dataset(
     path: str|Path, # Written atomically
 ) -> None:
     "Write one safetensors file"
-    metadata = dict(name=dataset.name, classes=json.dumps(dataset.classes), fingerprint=dataset.fingerprint, task=dataset.task, columns=json.dumps(dataset.columns))
+    metadata = dict(name=dataset.name, classes=json.dumps(dataset.classes), fingerprint=dataset.fingerprint, task=dataset.task, columns=json.dumps(dataset.columns), labels=json.dumps(dataset.labels))
     try:
         with atomic_path(path) as temporary:
             save_file({key: t.contiguous() for key, t in _tensors(dataset).items()}, temporary, metadata)
@@ -266,7 +254,7 @@ def save_dataset(
 
 # %% ../nbs/01_data.ipynb #01data017
 _TABLE = 'read it with pandas, and give its columns to from_arrays'
-_REMEDIES = dict.fromkeys(('.csv', '.tsv', '.xlsx', '.parquet', '.json'), _TABLE) | dict.fromkeys(('.npy', '.npz', '.pt', '.pth'), 'give its arrays to from_arrays') | dict.fromkeys(
+_REMEDIES = dict.fromkeys(('.xlsx', '.parquet', '.json'), _TABLE) | dict.fromkeys(('.npy', '.npz', '.pt', '.pth'), 'give its arrays to from_arrays') | dict.fromkeys(
     IMAGE_SUFFIXES, 'give the folder that holds a folder of images for each class') # By what another kind of file is called
 
 def open_dataset(
@@ -279,7 +267,7 @@ def open_dataset(
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         optional = dict(test_x=None, test_y=None)
         return Dataset(metadata['name'], **{**optional, **tensors}, classes=tuple(json.loads(metadata['classes'])),
-                       fingerprint=metadata['fingerprint'], task=metadata.get('task', 'classification'), columns=tuple(json.loads(metadata.get('columns', '[]'))))
+                       fingerprint=metadata['fingerprint'], task=metadata.get('task', 'classification'), columns=tuple(json.loads(metadata.get('columns', '[]'))), labels=tuple(json.loads(metadata.get('labels', '[]'))))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f'{path} is not a readable llprobe data set ({type(error).__name__}: {error}): {_REMEDIES.get(Path(path).suffix.lower(), "save it again with save_dataset")}') from error
 
@@ -381,6 +369,16 @@ def _load_torchvision(name: str, root: Path) -> Dataset:
     train_y, test_y = (getattr(part, 'labels' if name == 'svhn' else 'targets') for part in (train, test))
     return from_arrays(train.data, train_y, test.data, test_y, getattr(train, 'classes', list('0123456789')), name)
 
+# %% ../nbs/01_data.ipynb #01datan20
+_CSV = ('.csv', '.tsv')
+
+def _load_csv(path: Path, target: str|None, task: str) -> Dataset:
+    "The columns of a CSV file, of which one is to be predicted"
+    frame = read_csv(path)
+    if target is None: raise InputError(f'{path} is a table: name the column to predict with target ({", ".join(map(str, frame))[:300]})')
+    if target not in frame: raise InputError(f'{path} has no column {target!r}, but {", ".join(map(str, frame))[:300]}{did_you_mean(target, frame)}')
+    return from_arrays(frame.drop(columns=target), frame[target], name=path.stem, task=task)
+
 # %% ../nbs/01_data.ipynb #01data025
 def load_dataset(
     name_or_path: str|Path, # A name in `DATASETS`, a folder under `root`, a folder of images, or a saved file
@@ -389,6 +387,8 @@ def load_dataset(
     image_size: int|None=None, # Side in pixels of the square that images are scaled and cropped to; None as in `decode_images`
     n_workers: int|None=None, # Processes that decode; None is one per core
     progress: bool=True, # Show bars while decoding
+    target: str|None=None, # Of a CSV file: the column to predict
+    task: str='classification', # Of a CSV file: one of `TASKS`
 ) -> Dataset:
     "Load a data set; `InputError` when that cannot be done"
     name, path = str(name_or_path), Path(name_or_path).expanduser()
@@ -397,6 +397,8 @@ def load_dataset(
     is_below_root = root and root.is_dir() and name in os.listdir(root) and (root/name).is_dir()
     if is_below_root or name and name not in DATASETS and path.is_dir():
         return _load_folder(root/name if is_below_root else path, cache, image_size, n_workers, progress)
+    if path.suffix.lower() in _CSV and path.is_file(): return _load_csv(path, target, task)
+    if target is not None: raise InputError(f'target is for CSV files: leave it out for {name!r}')
     if image_size is not None: raise InputError(f'image_size is for folders of images: leave it out for {name!r}')
     if name in _TORCHVISION: return _load_torchvision(name, root or cache_folder(cache))
     if name == 'california_housing': return _load_california_housing(root or cache_folder(cache))
@@ -404,7 +406,7 @@ def load_dataset(
     if path.is_file():
         dataset = open_dataset(path)
         return replace(dataset, name=path.stem) if dataset.name == 'arrays' else dataset # `from_arrays` was given no name
-    raise InputError(f'{name!r} is neither a data set llprobe knows ({", ".join(DATASETS)}) nor a folder of images, nor a file that save_dataset wrote{did_you_mean(str(name), DATASETS)}')
+    raise InputError(f'{name!r} is neither a data set llprobe knows ({", ".join(DATASETS)}) nor a folder of images, nor a CSV file, nor a file that save_dataset wrote{did_you_mean(str(name), DATASETS)}')
 
 # %% ../nbs/01_data.ipynb #01data02a
 def strata(

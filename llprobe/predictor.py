@@ -12,7 +12,8 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from .core import InputError, atomic_path
-from .data import Split, as_inputs, column_names, normalise
+from .data import Split, as_inputs, normalise
+from .frames import align_columns, column_names
 from .models import check_architecture, source_digest
 
 # %% auto #0
@@ -26,7 +27,7 @@ def predictor_facts(
 ) -> dict[str, Any]: # JSON-ready
     "What a network needs to answer for raw samples"
     dataset = split.dataset
-    return dict(architecture=architecture, config=config, input_shape=list(dataset.input_shape), classes=list(dataset.classes), columns=list(dataset.columns), dataset=dataset.name, source=source_digest(architecture),
+    return dict(architecture=architecture, config=config, input_shape=list(dataset.input_shape), classes=list(dataset.labels or dataset.classes), columns=list(dataset.columns), dataset=dataset.name, source=source_digest(architecture),
                 mean=split.mean.tolist(), std=split.std.tolist(), target_mean=split.target_mean, target_std=split.target_std, llprobe=importlib.metadata.version('llprobe'))
 
 def save_predictor(
@@ -53,11 +54,7 @@ class Predictor:
 
     def _inputs(self, x: Any) -> Tensor: # Raw (n, …)
         "Samples as the network was trained on, by their columns' names if both have them"
-        names = column_names(x)
-        if names and self.columns:
-            if missing := [name for name in self.columns if name not in names]: raise InputError(f'x lacks the columns {", ".join(missing)}: give all that the model was trained on')
-            x = x.iloc[:, [names.index(name) for name in self.columns]]
-        raw = as_inputs(x)
+        raw = as_inputs(align_columns(x, self.columns) if column_names(x) and self.columns else x)
         if list(raw.shape[1:]) != self.facts['input_shape']: raise InputError(f'x has samples of shape {tuple(raw.shape[1:])}, the model takes {tuple(self.facts["input_shape"])}')
         return raw
 
@@ -69,7 +66,7 @@ class Predictor:
 
     def predict(self,
         x: Any, # n samples, raw: as `data.from_arrays` takes them; the columns of a frame may be in any order
-    ) -> np.ndarray: # (n,) class names, which are strings, or numbers in the target's units
+    ) -> np.ndarray: # (n,) classes as the data called them, such as words or whole numbers, or numbers in the target's units
         "The answer for each sample; `InputError` for samples of another kind"
         outputs = self._outputs(x)
         if self.classes: return np.array(self.classes)[outputs.argmax(1).numpy()]

@@ -241,7 +241,7 @@ def open_study(
     settings = replace(settings, probe=probe)
     data_path, s = str(cached_file(dataset)), settings.probe
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
-    split = replace(split, dataset=replace(split.dataset, name=dataset.name, columns=dataset.columns)) # the cache knows equal data by the name that it had first
+    split = replace(split, dataset=replace(split.dataset, name=dataset.name, columns=dataset.columns, labels=dataset.labels)) # the cache knows equal data by the names that it had first
     configs, start = _warm_candidates(space, settings, out, split)
     _check_study(settings, space, configs, data_path)
     settings = replace(settings, warm_start=tuple(start.sources) if start else ())

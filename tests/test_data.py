@@ -214,8 +214,8 @@ def test_saved_file(tmp_path):
     for e in (open_dataset(tmp_path/'x.safetensors'), load_dataset(tmp_path/'x.safetensors')):
         assert repr(e) == repr(d) and e.classes == d.classes
         assert all(torch.equal(getattr(e, k), getattr(d, k)) for k in ('train_x', 'train_y', 'test_x', 'test_y'))
-    (tmp_path/'mine.csv').write_text('a,b\n1,2\n')
-    with pytest.raises(InputError, match='mine.csv is not a readable llprobe data set') as error: load_dataset(tmp_path/'mine.csv')
+    (tmp_path/'mine.json').write_text('[1, 2]')
+    with pytest.raises(InputError, match='mine.json is not a readable llprobe data set') as error: load_dataset(tmp_path/'mine.json')
     one_sentence(error)
 
 @pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='Linux tells what is mapped')
@@ -553,9 +553,14 @@ def test_a_frame_keeps_its_columns_and_says_which_of_them_cannot_be_used(tmp_pat
     assert dataset.columns == ('rooms', 'is_new', 'area') and dataset.train_x[0].tolist() == [3, 1, 40]
     save_dataset(dataset, tmp_path/'houses')
     assert open_dataset(tmp_path/'houses').columns == dataset.columns
-    for x, y, message in [(frame, np.arange(20.), 'x holds nan in row 2, column rooms'), (filled.assign(city='x'), np.arange(20.), 'the columns city hold no numbers: encode them')]:
+    for x, y, message in [(frame, np.arange(20.), 'x holds nan in row 2, column rooms'), (filled.assign(sold=pd.Timestamp('2024-01-01')), np.arange(20.), 'the columns sold hold neither numbers nor words')]:
         with pytest.raises(InputError, match=message):
             from_arrays(x, y, task='regression')
+    cities = filled.assign(city=['Rome', 'Oslo']*10)
+    encoded = from_arrays(cities, np.arange(20.), cities[::-1], np.arange(20.), task='regression')
+    assert encoded.columns[3:] == ('city=Oslo', 'city=Rome') and encoded.train_x[0].tolist() == [3, 1, 40, 0, 1] and torch.equal(encoded.test_x, encoded.train_x.flip(0))
+    with pytest.raises(InputError, match="test_x holds 'Bergen' in column city, where the training had Oslo, Rome"):
+        from_arrays(cities, np.arange(20.), cities.replace('Rome', 'Bergen'), np.arange(20.), task='regression')
     with pytest.raises(InputError, match=r'give test_x\[x.columns\]'):
         from_arrays(filled, np.arange(20.), filled[filled.columns[::-1]], np.arange(20.), task='regression')
     with pytest.raises(InputError, match='y holds (None|nan) in row 19'):

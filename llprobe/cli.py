@@ -48,7 +48,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     p.add_argument('--regression', action='store_true', help='with --target: predict numbers; by default classes')
     p.add_argument('--out', type=Path, default=Path('runs/study'), help='folder of the study: database, figures, report, result.json, and the weights of the chosen full training (best.safetensors); those of probes are not kept')
     p.add_argument('--levels', type=_number, nargs='+', action='extend', default=argparse.SUPPRESS, help='fractions of the training data, in (0, 1] (default: 0.1 0.2 0.3 0.4)')
-    p.add_argument('--configs', type=_whole, default=argparse.SUPPRESS, dest='n_configs', metavar='CONFIGS', help='without a budget: how many configs to try (default: 16)')
+    p.add_argument('--configs', type=_whole, default=argparse.SUPPRESS, dest='n_configs', metavar='CONFIGS', help='without a budget: how many configs to try (default: 16, or all of a smaller space)')
     p.add_argument('--budget', type=_number, help='full trainings to spend in all: search within it for what to probe next, instead of successive levels')
     p.add_argument('--warm-start', type=Path, nargs='*', action='extend', default=argparse.SUPPRESS, metavar='FOLDER', help='folders of other studies, finished or begun, on other data, of any architecture: begin with what they learnt; the word bundled: with what llprobe has seen of digits, MNIST and CIFAR-10; without a folder with nothing (default: bundled, and nothing with a --design)')
     p.add_argument('--choose-levels', action='store_true', default=argparse.SUPPRESS, help='with a budget: a pilot of 8 configs chooses the level that the others begin at')

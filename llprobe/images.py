@@ -134,7 +134,7 @@ def _common_side(sizes: np.ndarray) -> int|None: # Of `(n, 2)` widths and height
     "The side of the square that images of many sizes are brought to, with a warning that they are"
     if (sizes == sizes[0]).all(): return None
     side, areas = min(64, int(np.median(sizes.min(1)))), sizes.prod(1)
-    small, large = ('×'.join(map(str, sizes[i])) for i in (areas.argmin(), areas.argmax()))
+    small, large = ('×'.join(map(str, sizes[i])) for i in np.lexsort((sizes[:, 0], areas))[[0, -1]])
     warnings.warn(f'images differ in size, from {small} to {large} pixels: each is scaled and cropped to a square of {side}', stacklevel=3)
     return side
 

@@ -41,7 +41,7 @@ __all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'open_study', 'fini
 class StudySettings:
     "All that a study's answer depends on besides the data and the space"
     levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4) # Resource levels of the probes
-    n_configs: int = 16      # Size of the design, without a budget
+    n_configs: int|None = None # Size of the design, without a budget; by default 16, or all configs of a smaller space
     design: str = 'sobol'    # 'sobol', 'random' or 'grid'
     promote: float = 0.5     # Share of a level's configs that goes on to the next
     seed: int = 0            # Of the split, the subsets, the weights, the noise and the design
@@ -238,7 +238,7 @@ def open_study(
     out = writable_folder(out)
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, progress=progress)
     probe, space = _complete(settings.probe, space, dataset.is_image)
-    settings = replace(settings, probe=probe)
+    settings = replace(settings, probe=probe, n_configs=space.count(16) if settings.n_configs is None else settings.n_configs)
     data_path, s = str(cached_file(dataset)), settings.probe
     split = load_split(data_path, settings.seed, s.val_fraction, s.test_fraction)
     split = replace(split, dataset=replace(split.dataset, name=dataset.name, columns=dataset.columns, labels=dataset.labels)) # the cache knows equal data by the names that it had first

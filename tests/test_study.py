@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -610,3 +611,11 @@ def test_a_budget_of_any_size_fits_trainings_that_cost_twice(tmp_path):
         settings = StudySettings(levels=(0.1, 0.2), budget=budget, probe=ProbeSettings(train=TrainSettings(n_epochs=3)))
         with open_study('iris', tmp_path/str(budget), space, settings).store:
             pass
+
+
+def test_a_small_space_is_tried_whole_by_default(tmp_path):
+    space = SearchSpace('mlp', dict(width=[4, 8], depth=[1, 2]))
+    settings = StudySettings(levels=(0.2,), probe=ProbeSettings(train=TrainSettings(n_epochs=1)))
+    assert run_study('iris', tmp_path/'out', space, settings, n_workers=1, progress=False)['n_configs'] == 4
+    with pytest.raises(InputError, match='4 different configs'):
+        run_study('iris', tmp_path/'more', space, replace(settings, n_configs=5), n_workers=1, progress=False)

@@ -23,6 +23,7 @@ class Rung:
     level: float    # In (0, 1]
     epochs: int     # Trained so far, counted from the start of the training at this level
     cost: float     # In full trainings, from the start of the training at this level
+    besides: float = 0.0 # Of the cost, what is not training
 
 def make_ladder(
     levels: Sequence[float], # In (0, 1]
@@ -34,8 +35,8 @@ def make_ladder(
     levels, epochs = sorted(levels), sorted(epochs)
     if not levels or not 0 < levels[0] <= levels[-1] <= 1: raise InputError(f'levels must be at least one number in (0, 1], got {levels}')
     if not epochs or epochs[0] < 1: raise InputError(f'epochs must be at least one whole number of 1 or more, got {epochs}')
-    def cost(level: float, e: int) -> float: return (level+validation*(level < 1))*e/epochs[-1]+overhead*(level < 1 and e == epochs[-1])
-    return [Rung(level, e, cost(level, e)) for level in levels for e in (epochs if level in (levels[0], 1.0) else epochs[-1:])]
+    def besides(level: float, e: int) -> float: return (level < 1)*(validation*e/epochs[-1]+overhead*(e == epochs[-1]))
+    return [Rung(level, e, level*e/epochs[-1]+besides(level, e), besides(level, e)) for level in levels for e in (epochs if level in (levels[0], 1.0) else epochs[-1:])]
 
 def pause_epochs(
     n_epochs: int, # Of a whole training
@@ -49,10 +50,12 @@ def step_cost(
     ladder: Sequence[Rung],
     k: int, # Rung to go to
     reached: int = -1, # Rung the config stands on; -1 if it was not tried
+    relative: float = 1.0, # Of the config's training, as a multiple of the ladder's
 ) -> float: # In full trainings
     "What going to a rung costs"
+    def cost(rung: Rung) -> float: return rung.cost+(relative-1)*(rung.cost-rung.besides)
     same = reached >= 0 and ladder[reached].level == ladder[k].level
-    return ladder[k].cost-(ladder[reached].cost if same else 0.0)
+    return cost(ladder[k])-(cost(ladder[reached]) if same else 0.0)
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive009
 def expected_maximum(
@@ -100,7 +103,7 @@ class AdaptiveSearch:
         min_improvement: float = 0.0, # Stop when no candidate is expected to improve by more
         full_share: float|None = None, # Of the cost that goes to the highest level, at least, for the candidate predicted to be best there; by default 0.6 without a budget, and 0 within one
         choose_levels: bool = False, # Begin candidates at the rung that a pilot shows to be worth its cost, instead of at the lowest?
-        relative_cost: Sequence[float]|None = None, # (n,) of each candidate's trainings, as multiples of the ladder's cost; by default 1
+        relative_cost: Sequence[float]|None = None, # (n,) of each candidate's trainings, as multiples of the ladder's; by default 1
         n_whole: int = 1, # Candidates that come to the end of a level before the budget is spent, as far as it and they allow
     ):
         encoded = np.asarray(encoded, float)
@@ -194,7 +197,7 @@ def spent(self: AdaptiveSearch) -> float: # In full trainings
 @patch
 def _cost(self: AdaptiveSearch, candidate: int, rung: int, reached: int = -1) -> float: # In full trainings
     "What a candidate's step costs"
-    return float(self.relative_cost[candidate])*step_cost(self.ladder, rung, reached)
+    return step_cost(self.ladder, rung, reached, float(self.relative_cost[candidate]))
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive012
 @patch
@@ -308,7 +311,8 @@ def _affordable(self: AdaptiveSearch, k: int, n_known: int, candidate: int, rung
     "The step, if the budget leaves a full training after it, and what brings `n_whole` candidates to an end"
     top, left = len(self.ladder)-1, self.budget-self.spent-self._cost(candidate, rung, reached)
     more = max(0, self.n_whole-1-len(self._whole(n_known))) # besides that full training
-    kept = self.relative_cost.max()*((rung < top)*self.ladder[top].cost+more*self.ladder[self._end(0)].cost)
+    to_top, to_end = (step_cost(self.ladder, k, relative=float(self.relative_cost.max())) for k in (top, self._end(0)))
+    kept = (rung < top)*to_top+more*to_end
     return Step(k, candidate, rung, reached) if left >= kept-1e-9 else self._last(k, n_known)
 
 @patch

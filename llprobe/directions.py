@@ -136,18 +136,19 @@ def _gram(differences: list[dict[str, Tensor]]) -> Tensor: # (t, t) in double pr
 def trajectory_plane(
     model: nn.Module, # Says names and shapes
     checkpoints: Sequence[dict[str, Tensor]|nn.Module], # State dicts or models in the order of the training; the last is the origin
-) -> Plane: # marks: the checkpoints' projections; facts: explained (share of variance), distance (t,) of each from the plane
+) -> Plane: # marks: the checkpoints' projections; facts: explained (share of the variance about their mean), distance (t,) of each from the plane
     "The plane of the two largest principal components of the training's path"
     if len(checkpoints) < 3: raise InputError(f'a path needs at least 3 checkpoints, got {len(checkpoints)}')
     differences = [_difference(model, c, checkpoints[-1]) for c in checkpoints]
     gram = _gram(differences)
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(centred := gram-gram.mean(0)-gram.mean(1, keepdim=True)+gram.mean())
     sizes = values[-2:].flip(0).clamp_min(0).sqrt()
     if not sizes[1] > 1e-6*sizes[0]: raise InputError('the checkpoints must not lie on one line')
-    marks = vectors[:, -2:].flip(1)*sizes
+    weights = vectors[:, -2:].flip(1)/sizes # of the centred differences, and since they add up to nothing, of the differences
+    marks = gram@weights
     signs = torch.where(marks[0] < 0, -1., 1.).double() # The path starts where both coordinates are positive
-    weights = vectors[:, -2:].flip(1)*signs/sizes
+    weights = weights*signs
     directions = [{n: sum(float(w)*d[n] for w, d in zip(column, differences)) for n in differences[0]} for column in weights.T]
     distance = (gram.diag()-marks.square().sum(1)).clamp_min(0).sqrt()
-    facts = dict(explained=(sizes**2/gram.trace()).tolist(), distance=distance.tolist())
+    facts = dict(explained=(sizes**2/centred.trace()).tolist(), distance=distance.tolist())
     return Plane(directions, 'training path', check_weights(model, checkpoints[-1]), (marks*signs).numpy(), facts)

@@ -115,8 +115,7 @@ def random_direction(
     direction, generator = {}, torch.Generator()
     for name, parameter in free_parameters(model, names).items():
         generator.manual_seed(derive_seed(seed, 'direction', index, name))
-        kind = parameter.dtype if parameter.dtype in (torch.float32, torch.float64) else torch.float32
-        direction[name] = torch.randn(parameter.shape, generator=generator, dtype=kind).to(parameter.device, parameter.dtype)
+        direction[name] = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.device, parameter.dtype)
     return direction
 
 # %% ../nbs/31_perturbation.ipynb #31perturbati00f

@@ -38,10 +38,12 @@ class _Mover:
             if source is start: weight.copy_(start)
 
 # %% ../nbs/37_points.ipynb #37points007
+class _CannotStandIn(Exception): "The layer is called twice for a batch, or its input depends on the weights"
+
 class _FirstLayer:
     "Replaces the forward pass of a layer by a linear combination of its outputs for the centre and for each direction"
     def __init__(self, layer: nn.Module, names: dict[str, str], mover: _Mover, surface: LossSurface):
-        self.layer, self.names, self.point, self.bases = layer, list(names.values()), (), None
+        self.layer, self.names, self.point, self.bases, self.called = layer, list(names.values()), (), None, False
         self.weights = [{k: surface.centre.get(n, getattr(layer, k).detach()) for k, n in names.items()}]
         for i in range(len(next(iter(mover.moved.values()))[2])):
             self.weights.append({k: mover.moved[n][2][i] for k, n in names.items() if n in mover.moved})
@@ -57,14 +59,16 @@ class _FirstLayer:
 @patch
 def go_to(self: _FirstLayer, point: tuple[float, ...], new_batch: bool) -> None:
     "Choose the point, and forget the last batch"
-    self.point = point
+    self.point, self.called = point, False
     if new_batch: self.bases = None
 
 @patch
 def forward(self: _FirstLayer, x: Tensor) -> Tensor:
     "The layer's output at the present point"
+    if self.called or self.bases is not None and not torch.equal(x, self.x): raise _CannotStandIn
+    self.called = True
     if self.bases is None:
-        self.bases, self.row_point = [self._apply(x, w) for w in self.weights], None
+        self.bases, self.row_point, self.x = [self._apply(x, w) for w in self.weights], None, x.clone()
         self.row, self.buffer = torch.empty_like(self.bases[0]), torch.empty_like(self.bases[0])
     if self.point[1:] != self.row_point: self._start_row()
     if self.bases[1] is None or self.point[0] == 0: return self.buffer.copy_(self.row)
@@ -145,7 +149,9 @@ def _agrees(surface: LossSurface, mover: _Mover, first: _FirstLayer, far: Sequen
     mover.to((0.,)*len(far)) # As in the visits, the layer's own weights stay at the centre
     mover.to(far, first.names)
     first.go_to(tuple(far), new_batch=True)
-    with _faster_forwards(surface.model, first): quick = _one_loss(surface, surface.first[0])
+    try:
+        with _faster_forwards(surface.model, first): quick = _one_loss(surface, surface.first[0])
+    except _CannotStandIn: return False
     eps = torch.finfo(next(iter(surface.centre.values())).dtype).eps
     return np.isclose(plain, quick, rtol=eps**.7, atol=10*eps, equal_nan=True) # a loss may read the weights, which now stay behind
 
@@ -157,21 +163,29 @@ def _visits(n_batches: int, n_points: int, by_batch: bool) -> Iterator[tuple[int
 # %% ../nbs/37_points.ipynb #37points012
 def _sequential(surface: LossSurface, directions: Sequence[dict[str, Tensor]], points: list[tuple[float, ...]], all_: bool) -> list[dict]:
     "Visit the points one after the other"
-    loss_fn, mover = check_loss(surface.loss_fn), _Mover(surface, directions)
-    totals = [Totals(loss_fn) for _ in points]
-    far, previous = tuple(max(axis, key=abs) for axis in zip(*points)), None # every direction takes part
+    mover = _Mover(surface, directions)
+    far = tuple(max(axis, key=abs) for axis in zip(*points)) # every direction takes part
     with evaluating(surface.model), torch.no_grad():
         first = _find_first(surface, mover, far) if any(far) and mover.moved else None
         if first is not None and not _agrees(surface, mover, first, far): first = None
-        with _faster_forwards(surface.model, first):
-            for b, p in _visits(len(surface.first), len(points), first is not None):
-                batch = surface.first[b]
-                if first is not None: first.go_to(points[p], new_batch=b != previous)
-                if first is not None or b == 0: mover.to(points[p], first.names if first else ())
-                outputs, previous = call_model(surface.model, batch.inputs), b
-                loss = scalar_loss(loss_fn(outputs, batch.targets))
-                if b == p == 0: check_is_mean(loss_fn, outputs, batch, loss)
-                totals[p].add(batch, outputs if all_ else None, loss)
+        try: return _visit(surface, mover, points, all_, first)
+        except _CannotStandIn: # a later batch takes another way
+            mover.to((0.,)*len(far))
+            return _visit(surface, mover, points, all_, None)
+
+def _visit(surface: LossSurface, mover: _Mover, points: list[tuple[float, ...]], all_: bool, first: _FirstLayer|None) -> list[dict]:
+    "The losses at the points, with or without a stand-in"
+    loss_fn, previous = check_loss(surface.loss_fn), None
+    totals = [Totals(loss_fn) for _ in points]
+    with _faster_forwards(surface.model, first):
+        for b, p in _visits(len(surface.first), len(points), first is not None):
+            batch = surface.first[b]
+            if first is not None: first.go_to(points[p], new_batch=b != previous)
+            if first is not None or b == 0: mover.to(points[p], first.names if first else ())
+            outputs, previous = call_model(surface.model, batch.inputs), b
+            loss = scalar_loss(loss_fn(outputs, batch.targets))
+            if b == p == 0: check_is_mean(loss_fn, outputs, batch, loss)
+            totals[p].add(batch, outputs if all_ else None, loss)
     surface.cost += len(points)*sum(b.size for b in surface.first)
     return [t.means() for t in totals]
 

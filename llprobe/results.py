@@ -106,5 +106,5 @@ def level_agreement(
         for level in scores.columns:
             fte = runs.loc[runs['level'] == level, 'fte'].sum()
             rows.append(dict(level=level, seed=seed, metric=metric, spearman=scores[level].corr(top, method='spearman'),
-                             regret=top.max()-top[scores[level].idxmax()], fte=fte))
+                             regret=top.max()-top[scores[level] >= scores[level].max()-1e-9].mean(), fte=fte)) # on average over those that are best alike
     return pd.DataFrame(rows)

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any, Sequence
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .adaptive import AdaptiveSearch, make_ladder
+from .adaptive import AdaptiveSearch, make_ladder, step_cost
 from .core import InputError
 from .features import feature_frame
 from .metamodel import MetaModel
@@ -157,12 +157,17 @@ def best(self: Search) -> str: # Its config_id
     return max(trained, key=lambda c: (trained[c]['status'] == 'ok', trained[c]['val_score'])) if trained else self.favourites[0]
 
 @patch
+def _affordable(self: Search, configs: list[str]) -> list[str]: # Config ids
+    "Which of some configs are trained in full"
+    return configs[:self.n_full]
+
+@patch
 def _full_trainings(self: Search) -> list[Trial]: # Empty when the best is tested
     "Train the favourites in full; of several, test the best when all are in"
     trained = self.trained
     favourites, failed = self.favourites, self.failed
     promising = [c for c in favourites if c not in failed] or favourites[:1]
-    wanted = list(dict.fromkeys([*trained, *promising]))[:self.n_full] # what was trained already counts
+    wanted = self._affordable(list(dict.fromkeys([*trained, *promising]))) # what was trained already counts
     if missing := [c for c in wanted if c not in trained]: return [Trial(self.configs[c], 1.0, 'final', test=self.n_full == 1) for c in missing]
     found = trained[self.best]
     return [Trial(self.configs[self.best], 1.0, 'final')] if found['status'] != 'crashed' and found['test_score'] is None else []
@@ -183,15 +188,19 @@ class BudgetSearch(Search):
         final: float = 1.0, # Cost of each full training
         n_full: int = 1, # Configs trained in full, the best of which is chosen and tested
         relative_cost: Sequence[float]|None = None, # Of each config's trainings; by default 1
+        full_budget: float|None = None, # Of the budget, what is kept for full trainings: where these differ in cost, as many of the favourites are trained as it pays for, up to `n_full`; by default what the dearest would cost
         **options: Any, # Of `adaptive.AdaptiveSearch`
     ):
         super().__init__(space, configs, metamodel, levels, 1.0, data_features, n_full)
         if self.levels[-1] == 1: raise InputError('levels must be below 1 within a budget: part of it goes to full trainings anyway')
         ladder = make_ladder(self.levels, epochs, validation, overhead)
-        self.budget, self.last_stage, self.n_epochs, dearest = budget, 'after the budget', max(epochs), max(relative_cost or [1])
-        if not budget >= (least := dearest*(n_full*final+ladder[-1].cost)):
+        self.budget, self.last_stage, self.n_epochs = budget, 'after the budget', max(epochs)
+        relative_cost = [1]*len(configs) if relative_cost is None else list(relative_cost)
+        self.full_costs, dearest = {c: relative+final-1 for c, relative in zip(self.configs, relative_cost)}, max(relative_cost)
+        self.full_budget = n_full*(dearest+final-1) if full_budget is None else full_budget
+        if not budget >= (least := self.full_budget+step_cost(ladder, len(ladder)-1, relative=dearest)):
             raise InputError(f'budget must be at least {least:.3g}, for one probe at level {max(self.levels):g} and {"the full training" if n_full == 1 else f"{n_full} full trainings"}, got {budget:g}')
-        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-dearest*n_full*final, relative_cost=relative_cost, n_whole=n_full, **options)
+        self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-self.full_budget, relative_cost=relative_cost, n_whole=n_full, **options)
 
     def rung_sizes(self) -> list[int]: # Empty: it depends on what is found
         "Nothing is planned ahead"
@@ -208,6 +217,13 @@ class BudgetSearch(Search):
             for number, score in known.items(): self.adaptive.tell(number, score)
         if self.last_stage not in self.predictions: self._predict(self.last_stage)
         return self._full_trainings()
+
+    def _affordable(self, configs: list[str]) -> list[str]: # Config ids
+        "Which of some configs are trained in full"
+        chosen, left = [], self.full_budget+1e-9
+        for config in configs:
+            if len(chosen) < self.n_full and self.full_costs[config] <= left: chosen, left = [*chosen, config], left-self.full_costs[config]
+        return chosen
 
     def _score(self, trial: Trial) -> float|None: # NaN for a failure; None if it has not come so far
         "What a trial gave"

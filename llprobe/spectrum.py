@@ -103,7 +103,7 @@ class SpectralDensity:
         function: Callable[[np.ndarray], np.ndarray], # f, entry by entry
     ) -> tuple[float, float]: # Mean, standard error over vectors
         "Mean of a function of the eigenvalues, tr f(H) / N"
-        values = (function(self.nodes)*self.weights).sum(1)
+        values = (function(np.where(self.weights > 0, self.nodes, self.nodes[:, :1]))*self.weights).sum(1) # the first node of each row is real
         return float(values.mean()), float(values.std(ddof=1)/math.sqrt(len(values))) if len(values) > 1 else float('nan')
 
     def density(self,
@@ -111,7 +111,7 @@ class SpectralDensity:
         width: float|None = None, # In units of the eigenvalues
     ) -> np.ndarray: # (k,), with an integral of 1
         "Smoothed by Gaussians of standard deviation `width`, default a hundredth of the spectrum's extent"
-        width = width or 0.01*float(np.ptp(self.nodes)) or 1e-12
+        width = width or 0.01*float(np.ptp(self.nodes[self.weights > 0])) or 1e-12
         bells = np.exp(-0.5*((np.asarray(grid)[:, None, None]-self.nodes)/width)**2)/(width*math.sqrt(2*math.pi))
         return (bells*self.weights).sum(2).mean(1)
 

@@ -193,8 +193,8 @@ def _overheads(split: Split, settings: StudySettings) -> tuple[float, float, flo
     "What is paid besides the probes' training: validation, and the responses"
     s = settings.probe
     curve = s.train.n_epochs*min(s.train.n_curve_samples, len(split.val))
-    samples = sum(min(s.n_response_samples, round(n)) for n in (len(split.val), max(settings.levels)*len(split.train)))
-    responses = samples*(1+len(s.radii)*s.n_directions+4*len(s.sam_radii))
+    n_val, n_train = (min(s.n_response_samples, round(n)) for n in (len(split.val), max(settings.levels)*len(split.train)))
+    responses = (n_val+n_train)*(1+len(s.radii)*s.n_directions+len(s.sam_radii))+2*n_train*bool(s.sam_radii) # the last for the gradient
     full = FORWARDS_PER_TRAIN_SAMPLE*len(split.train)*s.train.n_epochs
     return curve/full, (len(split.val)+responses)/full, 1+(curve+len(split.val))/full
 
@@ -202,11 +202,13 @@ def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], sp
     "Within the budget, or by successive levels"
     n, chance = len(split.val), split.dataset.chance_score
     costs = relative_costs(configs, settings.probe.training)
-    n_full = settings.full_trainings if settings.n_full is not None else max(1, min(settings.full_trainings//max(costs), len(configs))) # nobody asked for more than there are, or for more than a third of the budget
+    asked = settings.n_full is not None
+    n_full = settings.full_trainings if asked else min(settings.full_trainings, len(configs)) # nobody asked for more than there are
     model = PowerLawModel(n, chance, **(dict(prior=start.prior) if start and start.prior else {}))
     if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features, n_full)
-    return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, settings.epochs, *_overheads(split, settings),
-                        n_full, costs, seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
+    *overheads, final = _overheads(split, settings)
+    kept = None if asked else max(n_full*final, max(costs)+final-1) # a third of the budget, whatever the favourites cost
+    return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, settings.epochs, *overheads, final, n_full, costs, kept, seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
                         sources=np.array(start.predictions) if start and start.predictions else None)
 
 # %% ../nbs/61_study.ipynb #61study011
@@ -277,7 +279,8 @@ def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For t
     "How far the probes are, and how fast they go by their own clocks"
     records, sizes, levels = [r for r in study.search.records.values() if r['purpose'] == 'probe'], study.search.rung_sizes(), study.settings.levels
     spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), sum(_overheads(study.split, study.settings)[:2])
-    left = np.mean(_relative_costs(study, study.search.configs))*sum((size-done[level])*(level+overhead) for level, size in zip(levels, sizes))
+    relative = np.mean(_relative_costs(study, study.search.configs))
+    left = sum((size-done[level])*(relative*level+overhead) for level, size in zip(levels, sizes))
     planned = spent+left if sizes else max(spent, study.search.adaptive.budget)
     scores = [r['val_score'] for r in records if r['status'] in ('ok', 'paused')]
     seconds = sum(r['seconds'] for r in records)

@@ -216,7 +216,7 @@ def fit(self: TransferModel,
 def _calibrate(self: TransferModel,
     table: pd.DataFrame, # Columns group, level, residual
 ) -> None:
-    "Half widths of the intervals by level"
+    "Half widths of the intervals by level; of a single group they hold less than promised, since it says nothing of how groups differ"
     level = min(1.0, self.coverage*(1+1/table.group.nunique()))
     widths = table.residual.abs().groupby(table.level).quantile(level)
     self.levels, self.widths = widths.index.to_numpy(float), widths.to_numpy(float)

@@ -87,14 +87,14 @@ $(PEERS)/.installed: | $(VENV)/.installed   ## the peers, with the same PyTorch
 	touch $@
 runs/bench/landscape/result.json: nbs/experiments/bench_landscape.ipynb tests/bench_landscape.py $(PEERS)/.installed
 	@mkdir -p $(@D)
-	$(EXPERIMENT) $< $(@D)/bench_landscape.ipynb
+	$(EXPERIMENT) $< $(@D)/bench_landscape.ipynb -p copy figures/bench/landscape.json
 runs/bench/training/result.json: nbs/experiments/bench_training.ipynb tests/bench_training.py | $(VENV)/.installed
 	@mkdir -p $(@D)
-	$(EXPERIMENT) $< $(@D)/bench_training.ipynb
+	$(EXPERIMENT) $< $(@D)/bench_training.ipynb -p copy figures/bench/training.json
 bench-quick: $(PEERS)/.installed   ## the same in ten minutes: fewer repeats, the peers' planes scaled up from 5 x 5 points
 	@mkdir -p runs/bench/quick/landscape runs/bench/quick/training
-	$(EXPERIMENT) nbs/experiments/bench_landscape.ipynb runs/bench/quick/landscape/bench_landscape.ipynb -p repeats 3 -p peer_grid 5 -p out runs/bench/quick/landscape -p copy ''
-	$(EXPERIMENT) nbs/experiments/bench_training.ipynb runs/bench/quick/training/bench_training.ipynb -p repeats 2 -p n 1280 -p out runs/bench/quick/training -p copy ''
+	$(EXPERIMENT) nbs/experiments/bench_landscape.ipynb runs/bench/quick/landscape/bench_landscape.ipynb -p repeats 3 -p peer_grid 5 -p out runs/bench/quick/landscape
+	$(EXPERIMENT) nbs/experiments/bench_training.ipynb runs/bench/quick/training/bench_training.ipynb -p repeats 2 -p n 1280 -p out runs/bench/quick/training
 
 # --- search methods compared on tables of finished trainings; DEHB wants NumPy below 2, so an environment of its own ------
 DEHB     := .venv-dehb
@@ -109,7 +109,7 @@ compare: $(DEHB)/.installed   ## search methods against each other on TaskSet: T
 	$(if $(TASKSET),,$(error give the TaskSet archive: make compare TASKSET=file.npz))
 	@mkdir -p runs/replay/taskset
 	$(EXPERIMENT) nbs/experiments/replay_taskset.ipynb runs/replay/taskset/replay_taskset.ipynb -r data_path '$(TASKSET)' \
-	  -r out runs/replay/taskset -p seeds $(REPLAY_SEEDS) -p jobs '$(or $(JOBS),1)'
+	  -r out runs/replay/taskset -r copy figures/taskset -p seeds $(REPLAY_SEEDS) -p jobs '$(or $(JOBS),1)'
 
 # --- ground truth: every config at every level and seed, and searches replayed on it ------------------------------
 TABLES          := digits mnist5k cifar10-10k
@@ -136,14 +136,14 @@ replay-probes: install dehb   ## replay searches on the tables, and the ablation
 replay-unseen: install dehb   ## the same on the table that nothing was chosen on
 	@mkdir -p runs/replay/unseen
 	$(EXPERIMENT) nbs/experiments/replay_probes.ipynb runs/replay/unseen/replay_probes.ipynb -r tables figures/$(UNSEEN)/table \
-	  -r known 'figures/digits/table figures/mnist5k/table' -r out runs/replay/unseen -r copy figures/probes-unseen
+	  -r known 'figures/digits/table figures/mnist5k/table' -r bundled '$(TABLES:%=figures/%/table)' -r out runs/replay/unseen -r copy figures/probes-unseen
 replay-studies: install  ## replay whole studies within budgets on the tables (20 minutes on two cores)
 	@mkdir -p runs/replay/studies
 	$(EXPERIMENT) nbs/experiments/replay_studies.ipynb runs/replay/studies/replay_studies.ipynb -r tables '$(TABLES:%=figures/%/table)' -r copy figures/studies
 LCDB ?=
 replay-lcdb: install     ## rank learners of unseen data sets: LCDB=archive.npz, or LCDB="train.npz test.npz"
 	@mkdir -p runs/replay/lcdb
-	$(EXPERIMENT) nbs/experiments/replay_lcdb.ipynb runs/replay/lcdb/replay_lcdb.ipynb -r train_path '$(firstword $(LCDB))' -r test_path '$(lastword $(LCDB))' -r out runs/replay/lcdb
+	$(EXPERIMENT) nbs/experiments/replay_lcdb.ipynb runs/replay/lcdb/replay_lcdb.ipynb -r train_path '$(firstword $(LCDB))' -r test_path '$(lastword $(LCDB))' -r out runs/replay/lcdb -r copy figures/lcdb
 
 clean:                   ## remove the environment and build products; runs and figures stay
 	rm -rf $(VENV) $(PEERS) $(DEHB) build dist *.egg-info

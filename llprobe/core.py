@@ -4,14 +4,15 @@
 
 # %% ../nbs/00_core.ipynb #00core003
 from __future__ import annotations
-import contextlib, difflib, errno, hashlib, json, os, re, sysconfig, tempfile, traceback
+import contextlib, difflib, errno, hashlib, json, os, re, shutil, sysconfig, tempfile, traceback
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 # %% auto #0
 __all__ = ['METRICS', 'InputError', 'show_error', 'no_exit', 'did_you_mean', 'is_number', 'plain', 'digest', 'derive_seed',
-           'writable_folder', 'atomic_path', 'write_json', 'score_key', 'name_scores', 'show_score', 'show_value']
+           'writable_folder', 'atomic_path', 'write_json', 'copy_results', 'score_key', 'name_scores', 'show_score',
+           'show_value']
 
 # %% ../nbs/00_core.ipynb #00core005
 class InputError(ValueError):
@@ -134,6 +135,16 @@ def write_json(
 ) -> None:
     "Write indented JSON in one atomic step"
     with atomic_path(path) as temporary: temporary.write_text(json.dumps(plain(value), indent=1)+'\n')
+
+def copy_results(
+    folder: str|Path, # Of an experiment
+    into: str|Path, # Made when missing; '' for nowhere
+    patterns: Sequence[str] = ('*.png', '*.pdf', '*.csv', 'result.json'), # Of file names
+) -> None:
+    "Copy what an experiment found to where it is kept"
+    if not into: return
+    Path(into).mkdir(parents=True, exist_ok=True)
+    for path in sorted(p for pattern in patterns for p in Path(folder).glob(pattern)): shutil.copy(path, into)
 
 # %% ../nbs/00_core.ipynb #00core014
 METRICS = dict(accuracy='accuracy', r2='R²') # A metric's name in files, and in text

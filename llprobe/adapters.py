@@ -60,7 +60,8 @@ def _open(optuna: Any, name: str, storage: str|None, key: str) -> Any: # An `opt
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(study_name=name, storage=storage)
         if study.user_attrs.get('llprobe_study') == key: return study
-        raise InputError(f'the Optuna storage has another study {name!r}: choose another file, or delete it there') from None
+        if name.endswith(suffix := f' {key[:6]}'): raise InputError(f'the Optuna storage has another study {name!r}: choose another file, or delete it there') from None
+        return _open(optuna, name+suffix, storage, key) # of the same data set, most likely
     except (sa.exc.SQLAlchemyError, ImportError, ValueError, optuna.exceptions.OptunaError): # the URL may hold a password: don't repeat it
         raise InputError('the Optuna storage cannot be opened: give a URL such as sqlite:///optuna.db in a folder that exists') from None
     study.set_user_attr('llprobe_study', key)
@@ -70,7 +71,7 @@ def to_optuna(
     store: Store,
     study: int|str, # Id or name in the store
     storage: str|None = None, # URL of Optuna's database, such as sqlite:///optuna.db; None keeps the study in memory
-) -> tuple[Any, int]: # An `optuna.Study`, to be maximised, and how many of its trials are new. Raises `InputError` without Optuna, or if the storage has another study of that name
+) -> tuple[Any, int]: # An `optuna.Study`, to be maximised, and how many of its trials are new. Where the storage has another study of that name, this one's ends with its key. Raises `InputError` without Optuna
     "Export a study to Optuna, or what is new in it"
     optuna, row, found, predictions = optional_package('optuna'), store.study(study), {}, store.predictions(study)
     for record in store.probes(study) if store.result(study) else ended(store.probes(study)): found.setdefault(record['config_id'], []).append(record)

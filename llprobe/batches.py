@@ -97,6 +97,8 @@ def mean_loss(
     targets: Tensor, # (n,) classes, or real targets
 ) -> Tensor: # Scalar
     "What is evaluated by default: the mean squared error of real targets (n,), else cross-entropy"
+    if not isinstance(outputs, Tensor): raise InputError(f'the model returns a {type(outputs).__name__}, not a tensor: give a loss_fn(outputs, targets) that takes it')
+    if not isinstance(targets, Tensor): raise InputError(f'the targets are {"missing" if targets is None else f"a {type(targets).__name__}, not a tensor"}: give y, a loader of (inputs, targets) pairs in place of x, or a loss_fn(outputs, targets) that does without')
     return (mean_squared_error if _is_real(targets) else mean_cross_entropy)(outputs, targets)
 
 def task_loss(

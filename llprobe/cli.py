@@ -284,7 +284,7 @@ def _export_optuna(args: argparse.Namespace) -> None:
     from llprobe.adapters import to_optuna
     for store, name in _studies(args.out):
         study, new = to_optuna(store, name, args.optuna)
-        print(f'{name}: {len(study.trials)} trials, {new} new')
+        print(f'{study.study_name}: {len(study.trials)} trials, {new} new')
 
 # %% ../nbs/90_cli.ipynb #90clin26
 _FIELDS = {'n_workers': '--jobs', 'n_full': '--full', 'n_configs': '--configs', 'choose_levels': '--choose-levels', 'warm_start': '--warm-start', 'probe.train.n_epochs': '--epochs'}

@@ -17,7 +17,7 @@ from .batches import (Batch, Totals, call_model, check_is_mean, check_loss, diff
     make_batches, recalibrate_batchnorm, scalar_loss)
 
 # %% auto #0
-__all__ = ['restored', 'largest', 'free_parameters', 'is_bias_or_norm', 'random_direction', 'normalise_direction',
+__all__ = ['restored', 'largest', 'free_parameters', 'is_bias_or_norm', 'has_filters', 'random_direction', 'normalise_direction',
            'filter_normalised_direction', 'move_weights', 'loss_gradient', 'tree_norm', 'check_radii',
            'check_batchnorm', 'LossSurface', 'check_weights', 'load_weights', 'loss_surface', 'probe_responses']
 
@@ -95,6 +95,13 @@ def is_bias_or_norm(
 ) -> bool:
     "A bias, a scale of a normalisation layer, or another vector?"
     return parameter.ndim <= 1 or isinstance(owner, _NORMS) or name.rsplit('.', 1)[-1].startswith('bias')
+
+def has_filters(
+    model: nn.Module, # Any module
+) -> bool:
+    "Is there a weight to perturb that is neither a bias nor of a normalisation layer?"
+    owners = _owners(model)
+    return any(p.requires_grad and not is_bias_or_norm(name, p, owners[name]) for name, p in model.named_parameters())
 
 def _filters(tensor: Tensor, owner: nn.Module|None = None, whole: bool = False) -> tuple[Tensor, tuple[int, ...]]:
     "A view of the tensor and the dimensions that one filter spans"

@@ -21,8 +21,8 @@ from .stack import stack_key
 from .training import TrainResult, resolve_device
 
 # %% auto #0
-__all__ = ['METHODS', 'check_configs', 'Group', 'plan_groups', 'probe_population', 'default_workers', 'Population',
-           'train_population']
+__all__ = ['METHODS', 'check_configs', 'Group', 'plan_groups', 'probe_population', 'default_workers', 'count_workers',
+           'Population', 'train_population']
 
 # %% ../nbs/43_population.ipynb #43populationn01
 def _check_names(architecture: str|Callable, names: Iterable[str]) -> None:
@@ -154,6 +154,14 @@ def default_workers(
     if resolve_device(device).type != 'cpu': return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
+def count_workers(
+    n_workers: int|None, # What was asked for; None for `default_workers`
+    device: str = 'auto', # As in `TrainSettings`
+) -> int: # At least 1; `InputError` for less
+    "How many probes run at once, asked for or not"
+    if n_workers is not None and n_workers < 1: raise InputError(f'n_workers must be at least 1, got {n_workers}')
+    return n_workers or default_workers(device)
+
 # %% ../nbs/43_population.ipynb #43population00e
 @dataclass
 class Population:
@@ -187,7 +195,7 @@ def train_population(
     if not configs: raise InputError('there must be at least one config, got none')
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
     if settings.training is None: check_configs(settings, configs, dataset)
-    n_workers = n_workers or default_workers(settings.train.device)
+    n_workers = count_workers(n_workers, settings.train.device)
     tasks = [ProbeTask(str(cached_file(dataset)), dict(config), level, seed, settings=settings) for config in configs]
     position = {id(task): i for i, task in enumerate(tasks)}
     groups = plan_groups(tasks, workers.n_workers if workers else n_workers, method)

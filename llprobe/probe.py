@@ -6,6 +6,7 @@
 from __future__ import annotations
 import functools, math, time
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Callable, Iterable, Sequence
 import safetensors.torch
 import torch
@@ -16,7 +17,7 @@ from .batches import evaluate
 from .custom_training import run_training
 from .models import build_model
 from .optimization import passes
-from .perturbation import probe_responses
+from .perturbation import has_filters, probe_responses
 from .sampler import INFORMED, sample_level, sample_order
 from .space import config_id
 from .stack import train_stack
@@ -43,7 +44,11 @@ class ProbeSettings:
     training: str|Callable|None = None        # Trains in place of llprobe's loop: 'package.module:function' or a callable, see `custom_training`
 
     def __post_init__(self) -> None: # so that settings can be keys
-        for name in ('radii', 'sam_radii'): object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ('radii', 'sam_radii'):
+            radii = getattr(self, name)
+            object.__setattr__(self, name, (float(radii),) if isinstance(radii, Real) else tuple(radii))
+        for name in ('n_directions', 'n_response_samples'):
+            if not getattr(self, name) >= 1: raise InputError(f'{name} must be at least 1, got {getattr(self, name)}')
 
     @classmethod
     def from_dict(cls,
@@ -110,8 +115,9 @@ def _responses(
     task: ProbeTask,
     model: torch.nn.Module, # Trained; left bit-exact
 ) -> tuple[list[dict], int]: # Rows of responses; their cost in forward passes of one sample
-    "Shake the trained weights"
+    "Shake the trained weights, if there are any"
     s = task.settings
+    if not has_filters(model): return [], 0 # such as a tree of scikit-learn in a module's clothes
     with isolated(0, resolve_device(s.train.device), s.train.n_threads):
         rows, cost = probe_responses(model, measured_samples(task, s.n_response_samples), task.seed, s.radii, s.n_directions, s.sam_radii)
     return [{name: value for name, value in row.items() if name != 'r2'} for row in rows], cost # on the same samples R² says what the loss says

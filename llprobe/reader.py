@@ -310,10 +310,10 @@ def split(self: StudyReader) -> Split:
 
 # %% ../nbs/75_reader.ipynb #75reader016
 @patch
-def _weights_path(self: StudyReader, config: str, level: float, purpose: str) -> Path:
-    "Where a record's weights are kept"
+def _weights_paths(self: StudyReader, config: str, level: float, purpose: str) -> list[Path]:
+    "Where a record's weights may be kept; the last is for those that are trained again, since the study's own are never written over"
     is_chosen = purpose == 'final' and self.is_finished and config == self.final['config_id']
-    return self.folder/'best.safetensors' if is_chosen else self.folder/'weights'/f'{config}-{level:g}.safetensors'
+    return [self.folder/'best.safetensors']*is_chosen+[self.folder/'weights'/f'{config}-{level:g}.safetensors']
 
 @patch
 def is_kept(self: StudyReader,
@@ -323,26 +323,26 @@ def is_kept(self: StudyReader,
 ) -> bool:
     "Is the trained model at hand, or must it be trained again?"
     config = self.find_config(config)
-    kept = self.settings.training is None and self._weights_path(config, level, purpose).is_file()
+    kept = self.settings.training is None and any(path.is_file() for path in self._weights_paths(config, level, purpose))
     return (config, level, purpose) in self._models or kept
 
 @patch
 def _load(self: StudyReader, task: ProbeTask) -> torch.nn.Module|None: # None when it cannot be read
     "A kept model"
-    path = self._weights_path(config_id(task.config), task.level, task.purpose)
-    if self.settings.training is not None or not path.is_file(): return None # a training function makes its own model
-    model = task_model(task)
-    try: model.load_state_dict(safetensors.torch.load_file(path))
-    except (SafetensorError, RuntimeError): return None
-    return model.to(resolve_device(self.settings.train.device))
+    if self.settings.training is not None: return None # it makes its own model
+    for path in filter(Path.is_file, self._weights_paths(config_id(task.config), task.level, task.purpose)):
+        model = task_model(task)
+        with contextlib.suppress(SafetensorError, RuntimeError):
+            model.load_state_dict(safetensors.torch.load_file(path))
+            return model.to(resolve_device(self.settings.train.device))
 
 @patch
 def _train(self: StudyReader, task: ProbeTask) -> torch.nn.Module:
     "Repeat a training, and keep its weights where the folder lets us"
     [(model, result)] = train_tasks([task])
     if result.status != 'ok': raise InputError(f'config {config_id(task.config)} {result.status} at level {task.level:g}: it has no model to look at')
-    with contextlib.suppress(OSError), atomic_path(self._weights_path(config_id(task.config), task.level, task.purpose)) as path:
-        path.write_bytes(pack_weights(model))
+    *_, place = self._weights_paths(config_id(task.config), task.level, task.purpose)
+    with contextlib.suppress(OSError), atomic_path(place) as path: path.write_bytes(pack_weights(model))
     return model
 
 def no_model(

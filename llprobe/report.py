@@ -74,7 +74,9 @@ def _plus_minus(study: StudyReader, mean: float|None, std: float|None) -> str:
     return '–' if mean is None or not math.isfinite(mean) else f'{_score(study)(mean)} ± {_score(study)(std)}'
 
 def _remark(study: StudyReader) -> str:
-    "What to think of the prediction, if it is of no use"
+    "What to think of an answer that is of no use"
+    naive = (study.result or {}).get('naive')
+    if naive and study.final['status'] == 'ok' and not naive['beaten']: return f'The chosen model does no better in the validation than always answering {naive["answer"]!r}.'
     mean, std = _predicted(study, study.best)
     if mean is None or not is_vague(mean, std, study.ranking()['mean']): return ''
     return 'The prediction is too uncertain to tell the best config from half of the others.'

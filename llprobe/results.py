@@ -63,6 +63,7 @@ def summary_rows(
     if result['status'] == 'crashed': choice, tested = f', the score of chance: the full training crashed with {result["error"]}', 'none'
     elif result['status'] == 'diverged': choice, tested = ', the score of chance: the full training diverged', 'none'
     else: tested = show(result['reached'][test])+_error(result, 'test')
+    if (naive := result.get('naive')) and result['status'] == 'ok' and not naive['beaten']: choice += f', no better than always answering {naive["answer"]!r}'
     failed = Counter(p['status'] for p in result['predictions'] if p['status'] in ('crashed', 'diverged'))
     failures = [('configs that failed', f'{", ".join(f"{n} {status}" for status, n in sorted(failed.items()))} of {len(result["predictions"])}')] if failed else []
     return [(f'predicted validation {name}', f'{show(predicted[val])} ± {show(predicted["std"])} (one deviation){vague}'),

@@ -118,7 +118,7 @@ def _advance(self: Search) -> bool: # Whether a rung was decided
     if not done or _stage(level) in self.predictions: return False
     table = self._predict(_stage(level), level)
     if len(self.rungs) < len(self.levels):
-        best = list(table.loc[self.rungs[-1], 'mean'].sort_values(ascending=False, kind='stable').index)
+        best = self._ranked(table.loc[self.rungs[-1]])
         if self.promote < 1: best = [c for c in best if c not in self.failed] or best
         self.rungs.append(best[:self.rung_sizes()[len(self.rungs)]])
     return True
@@ -139,11 +139,17 @@ def final_predictions(self: Search) -> pd.DataFrame: # By config_id: mean, std, 
     if self.last_stage not in self.predictions: raise RuntimeError('the search is still running: there is no final prediction yet')
     return self.predictions[self.last_stage]
 
+@patch
+def _ranked(self: Search, table: pd.DataFrame) -> list[str]: # Config ids
+    "The predicted best first; of equal predictions, such as below chance, the one that has shown more"
+    seen = {c: r['val_score'] for c, level in table['level'].items() if (r := self.records[c, level, 'probe'])['val_score'] is not None}
+    return list(table.assign(seen=pd.Series(seen, dtype=float)).sort_values(['mean', 'seen'], ascending=False).index)
+
 @patch(as_prop=True)
 def favourites(self: Search) -> list[str]: # Config ids
     "All configs that have a prediction, the predicted best first and those that failed last"
-    ranked, failed = self.final_predictions['mean'].sort_values(ascending=False, kind='stable').index, self.failed
-    return sorted(ranked, key=lambda c: c in failed)
+    failed = self.failed
+    return sorted(self._ranked(self.final_predictions), key=lambda c: c in failed)
 
 @patch(as_prop=True)
 def trained(self: Search) -> dict[str, dict]: # Records by config_id, the predicted best first

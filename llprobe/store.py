@@ -246,7 +246,10 @@ def _leaves(value: Any, name: str = '') -> dict[str, Any]:
 def _differences(begun: dict, now: dict) -> str:
     "Each leaf that differs, with both values"
     begun, now = _leaves(begun), _leaves(now)
-    show = lambda values, name: repr(values[name]) if name in values else 'unset'
+    def show(values: dict, name: str) -> str:
+        value = values.get(name, [])
+        if value and isinstance(value, list) and all(isinstance(v, dict) and 'dataset' in v for v in value): return ' and '.join(v['dataset'] for v in value) # what was begun with
+        return repr(value) if name in values else 'unset'
     return '; '.join(f'{name} {show(begun, name)}, now {show(now, name)}' for name in {**begun, **now}
                      if (name in begun) != (name in now) or digest(begun[name]) != digest(now[name]))
 

@@ -22,7 +22,7 @@ from .execution import Workers, end_if_imported, prepare_workers
 from .metamodel import PowerLawModel
 from .models import architecture_name, build_model, find_architecture, forward_flops, function_name, source_digest
 from .optimization import resolve_config
-from .population import METHODS, check_configs, default_workers, probe_population
+from .population import METHODS, check_configs, count_workers, default_workers, probe_population
 from .predictor import predictor_facts, save_predictor
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, crashed_record, ended, full_training_equivalents, load_split, relative_costs, run_probe, task_indices
 from .progress import between_bars, progress_bar
@@ -33,8 +33,8 @@ from .training import resolve_device
 from .warm_start import WarmStart, learn, warm_design
 
 # %% auto #0
-__all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'open_study', 'finished_record', 'run_study', 'run_probes',
-           'summarise']
+__all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'study_search', 'open_study', 'finished_record', 'run_study',
+           'run_probes', 'summarise']
 
 # %% ../nbs/61_study.ipynb #61study005
 @dataclass(frozen=True)
@@ -189,24 +189,32 @@ def _candidates(space: SearchSpace, settings: StudySettings) -> list[dict]:
     if settings.budget is None: return space.sample(settings.n_configs, settings.seed, settings.design)
     return space.sample(space.count(settings.pool), settings.seed, settings.design)
 
-def _overheads(split: Split, settings: StudySettings) -> tuple[float, float, float]: # In full trainings: along a probe's epochs, at its end, and the whole of a full training
+def _overheads(settings: StudySettings, n_train: int, n_val: int) -> tuple[float, float, float]: # In full trainings: along a probe's epochs, at its end, and the whole of a full training
     "What is paid besides the probes' training: validation, and the responses"
     s = settings.probe
-    curve = s.train.n_epochs*min(s.train.n_curve_samples, len(split.val))
-    n_val, n_train = (min(s.n_response_samples, round(n)) for n in (len(split.val), max(settings.levels)*len(split.train)))
-    responses = (n_val+n_train)*(1+len(s.radii)*s.n_directions+len(s.sam_radii))+2*n_train*bool(s.sam_radii) # the last for the gradient
-    full = FORWARDS_PER_TRAIN_SAMPLE*len(split.train)*s.train.n_epochs
-    return curve/full, (len(split.val)+responses)/full, 1+(curve+len(split.val))/full
+    curve = s.train.n_epochs*min(s.train.n_curve_samples, n_val)
+    val, train = (min(s.n_response_samples, round(n)) for n in (n_val, max(settings.levels)*n_train))
+    responses = (val+train)*(1+len(s.radii)*s.n_directions+len(s.sam_radii))+2*train*bool(s.sam_radii) # the last for the gradient
+    full = FORWARDS_PER_TRAIN_SAMPLE*n_train*s.train.n_epochs
+    return curve/full, (n_val+responses)/full, 1+(curve+n_val)/full
 
-def _search(settings: StudySettings, space: SearchSpace, configs: list[dict], split: Split, features: dict[str, float], start: WarmStart|None) -> Search:
-    "Within the budget, or by successive levels"
-    n, chance = len(split.val), split.dataset.chance_score
+def study_search(
+    settings: StudySettings,
+    space: SearchSpace,
+    configs: list[dict], # The design, or within a budget the pool
+    n_train: int, # Samples of the training part
+    n_val: int, # Of the validation part
+    chance: float, # Score of guessing
+    features: dict[str, float]|None = None, # Of the data set
+    start: WarmStart|None = None, # What other studies told
+) -> Search: # A `BudgetSearch` if there is a budget
+    "What decides in a study with these settings"
     costs = relative_costs(configs, settings.probe.training)
     asked = settings.n_full is not None
     n_full = settings.full_trainings if asked else min(settings.full_trainings, len(configs)) # nobody asked for more than there are
-    model = PowerLawModel(n, chance, **(dict(prior=start.prior) if start and start.prior else {}))
+    model = PowerLawModel(n_val, chance, **(dict(prior=start.prior) if start and start.prior else {}))
     if settings.budget is None: return Search(space, configs, model, settings.levels, settings.promote, features, n_full)
-    *overheads, final = _overheads(split, settings)
+    *overheads, final = _overheads(settings, n_train, n_val)
     kept = None if asked else max(n_full*final, max(costs)+final-1) # a third of the budget, whatever the favourites cost
     return BudgetSearch(space, configs, model, settings.budget, settings.levels, features, settings.epochs, *overheads, final, n_full, costs, kept, seed=settings.seed, lag=_LAG, floor=chance, choose_levels=settings.choose_levels,
                         sources=np.array(start.predictions) if start and start.predictions else None)
@@ -248,7 +256,7 @@ def open_study(
     _check_study(settings, space, configs, data_path)
     settings = replace(settings, warm_start=tuple(start.sources) if start else ())
     features, name = data_features(split, settings.seed), name or dataset.name
-    search = _search(settings, space, configs, split, features, start)
+    search = study_search(settings, space, configs, len(split.train), len(split.val), split.dataset.chance_score, features, start)
     with contextlib.ExitStack() as refused: # closes the database
         store = refused.enter_context(open_store(out/'study.db'))
         if others := [other for other in store.studies()['name'] if other != name]:
@@ -278,7 +286,7 @@ def _relative_costs(study: Study, configs: Iterable[str]) -> list[int]: # Of con
 def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For the bar's `show`; probes that run side by side, if that is known
     "How far the probes are, and how fast they go by their own clocks"
     records, sizes, levels = [r for r in study.search.records.values() if r['purpose'] == 'probe'], study.search.rung_sizes(), study.settings.levels
-    spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), sum(_overheads(study.split, study.settings)[:2])
+    spent, done, overhead = _fte(study, records), Counter(r['level'] for r in records), sum(_overheads(study.settings, len(study.split.train), len(study.split.val))[:2])
     relative = np.mean(_relative_costs(study, study.search.configs))
     left = sum((size-done[level])*(relative*level+overhead) for level, size in zip(levels, sizes))
     planned = spent+left if sizes else max(spent, study.search.adaptive.budget)
@@ -290,11 +298,11 @@ def _standing(study: Study, at_once: int|None = None) -> dict[str, Any]: # For t
 # %% ../nbs/61_study.ipynb #61studyn01
 def _dear(study: Study) -> str: # Empty if the search is worth it
     "A word before a search that is expected to cost more than what it saves"
-    sizes = study.search.rung_sizes()
-    if not sizes or study.store.probes(study.name): return ''
-    in_full = sum(_relative_costs(study, study.search.configs))
-    planned = study.settings.full_trainings*in_full/sizes[0]+_standing(study)['total']
+    sizes, in_full = study.search.rung_sizes(), sum(_relative_costs(study, study.search.configs))
+    if study.store.probes(study.name): return ''
+    planned = study.settings.full_trainings*in_full/sizes[0]+_standing(study)['total'] if sizes else study.settings.budget
     if planned <= in_full: return ''
+    if not sizes: return f'the budget of {planned:.3g} full trainings is more than the {in_full} of training all configs of this space in full'
     return (f'expected cost: {planned:.3g} full trainings, more than the {in_full} of training all configs in full, '
             'since validation and responses weigh much beside short trainings: fewer levels, more epochs or a budget make it worth while')
 
@@ -419,8 +427,7 @@ def _driving(dataset, out, space, settings: StudySettings, name, n_workers: int|
              progress: bool, trackers: Iterable[Any]) -> Iterator[tuple[Study, int]]:
     "An opened study of which this process is the only driver, and the number of workers"
     end_if_imported()
-    if n_workers is not None and n_workers < 1: raise InputError(f'n_workers must be at least 1, got {n_workers}')
-    n_workers = n_workers or default_workers(settings.probe.train.device)
+    n_workers = count_workers(n_workers, settings.probe.train.device)
     for function in (settings.probe.architecture, settings.probe.training): _check_importable(function, n_workers)
     if n_workers > 1 and executor is None: prepare_workers() # while data and space are read
     study = open_study(dataset, out, space, settings, name, progress)
@@ -530,6 +537,13 @@ def _errors(study: Study, final: dict[str, Any]) -> dict[str, float|None]: # In 
     scores = {part: final[f'{part}_score'] for part in ('val', 'test')}
     return {f'{part}_rmse': None if score is None else math.sqrt((1-score)*float(study.split.inputs(part)[1].double().var(correction=0))) for part, score in scores.items()}
 
+def _naive(study: Study, score: float) -> dict[str, Any]|None: # None for a regression, whose R² tells it
+    "What always answering the most frequent class of the training would reach in the validation, and whether that was beaten"
+    if not study.split.dataset.classes: return None
+    most = int(torch.bincount(study.split.train_y).argmax())
+    share = float((study.split.val_y == most).float().mean())
+    return dict(answer=study.split.dataset.classes[most], val_accuracy=share, beaten=score > share+1e-6)
+
 def summarise(
     study: Study, # Finished
 ) -> dict[str, Any]: # JSON-ready
@@ -541,4 +555,4 @@ def summarise(
         best_config=search.configs[best], best_config_id=best, status=final['status'], error=final['error'],
         predicted=name_scores(dict(val_score=row['mean'], std=row['std']), metric),
         reached=name_scores({k: final[k] for k in ('val_score', 'test_score', 'val_loss', 'test_loss')}, metric) | _errors(study, final),
-        full_trainings=_full_trainings(study), predictions=_predictions(study), cost=_cost(study)))
+        naive=_naive(study, final['val_score']), full_trainings=_full_trainings(study), predictions=_predictions(study), cost=_cost(study)))

@@ -8,12 +8,10 @@ import functools, itertools, json, re
 from pathlib import Path
 from typing import Any, Sequence
 import numpy as np, pandas as pd
-from .adaptive import pause_epochs
 from .core import InputError, atomic_path, plain, write_json
 from .data import Dataset, cached_file, from_arrays, load_dataset
 from .execution import Workers
-from .metamodel import PowerLawModel
-from .population import default_workers, probe_population
+from .population import count_workers, probe_population
 from .probe import FORWARDS_PER_TRAIN_SAMPLE, ProbeSettings, ProbeTask, full_training_equivalents
 from .progress import progress_bar
 from .replay import ReplayTable
@@ -21,7 +19,7 @@ from .sampler import sample_level
 from .search import BudgetSearch, Trial
 from .space import SearchSpace, config_id
 from .store import open_store
-from .study import StudySettings, finished_record, hardware, versions
+from .study import StudySettings, finished_record, hardware, study_search, versions
 from .warm_start import source_predictions
 
 # %% auto #0
@@ -65,7 +63,7 @@ def probe_table(
     path, data_path, configs = Path(out)/'table.db', str(cached_file(dataset)), space.sample(n_configs)
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = StudySettings(levels=(1.0,), n_configs=1, probe=settings).to_dict()['probe']
-    with open_store(path) as store, Workers(n_workers or default_workers(settings.train.device)) as workers:
+    with open_store(path) as store, Workers(count_workers(n_workers, settings.train.device)) as workers:
         store.create_study('table', facts, dataset.name, dataset.fingerprint, space.to_dict(), versions=versions()|hardware(), metric=dataset.metric)
         store.add_configs('table', configs)
         done = {(r['config_id'], r['level'], r['seed']) for r in store.probes('table')}
@@ -214,12 +212,9 @@ def _searched(folder: str|Path, seed: int, budget: float, search_seed: int = 0, 
     records = every[seed]
     full = [r for (_, level), r in records.items() if level == 1]
     n_epochs, n_train, n_curve = full[0]['n_epochs'], full[0]['n_samples'], min(card['settings']['train']['n_curve_samples'], n_val)
-    samples = FORWARDS_PER_TRAIN_SAMPLE*n_train
-    after = np.mean([r['forward_samples']-n_curve*n_epochs for (_, level), r in records.items() if level < 1 and r['status'] == 'ok'])
     pool = [card['configs'][i] for i in np.random.default_rng(search_seed).permutation(len(card['configs']))]
-    search = BudgetSearch(card_space(card), pool, PowerLawModel(n_val, card['chance']), budget, card['levels'][:-1], None, pause_epochs(n_epochs, pauses),
-                          n_curve/samples, after/samples/n_epochs, 1+(n_curve+n_val/n_epochs)/samples, StudySettings(budget=budget, n_full=n_full).full_trainings,
-                          seed=search_seed, lag=4, floor=card['chance'])
+    settings = StudySettings(tuple(card['levels'][:-1]), seed=search_seed, probe=card_settings(card), budget=budget, pauses=tuple(pauses), n_full=n_full)
+    search = study_search(settings, card_space(card), pool, n_train, n_val, card['chance'])
     def look_up(trial: Trial) -> dict:
         record = records[config_id(trial.config), trial.level]
         if trial.purpose == 'final': return record | dict(purpose='final', responses=[], forward_samples=n_curve*n_epochs+n_val, test_score=np.nan if trial.test else None)

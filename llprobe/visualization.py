@@ -186,7 +186,7 @@ def plot_predictions(
     chosen = table.index[table['config_id'] == result['best_config_id']][0]
     axis.plot(result['reached'][key], chosen, '*', ms=12, color=COLOURS['green'], label='reached')
     axis.set_yticks(table.index, [f'{c[:6]} {status if no_score else f"@ {l:g}"}' for c, l, status, no_score in zip(table['config_id'], table['level'], table['status'], failed)], fontsize=6, family='monospace')
-    axis.set(xlabel=f'validation {METRICS[result["metric"]]}')
+    axis.set(xlabel=f'validation {METRICS[result["metric"]]}', ylim=(-0.7, len(table)-0.3))
     if result['metric'] == 'accuracy': axis.set_xlim(-0.02, 1.02)
     _score_limits(axis, 'x', result['metric'])
     legend_above(axis)

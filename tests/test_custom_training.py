@@ -17,7 +17,10 @@ from llprobe.core import InputError
 from llprobe.custom_training import make_subset, run_training
 from llprobe.data import cached_file, from_arrays, load_dataset, split_dataset
 from llprobe.models import build_model
+from llprobe.predictor import load_predictor
 from llprobe.probe import ProbeSettings, ProbeTask, run_probe, task_indices
+from llprobe.reader import read_study
+from llprobe.results import save_figures
 from llprobe.sampler import sample_level
 from llprobe.space import SearchSpace, default_space
 from llprobe.store import open_store
@@ -37,6 +40,19 @@ from torch import nn
 def two_layers(config, input_shape, n_classes):
     n = torch.Size(input_shape).numel()
     return nn.Sequential(nn.Flatten(), nn.Linear(n, 24), nn.ReLU(), nn.Linear(24, n_classes))
+
+class Tree(nn.Module):
+    "A classifier of scikit-learn as a module"
+    def __init__(self, tree, n_classes):
+        super().__init__()
+        self.tree, self.n_classes = tree, n_classes
+    def forward(self, x):
+        return nn.functional.one_hot(torch.from_numpy(self.tree.predict(x.cpu().numpy())), self.n_classes).float()
+
+def tree(config, subset, seed):
+    from sklearn.tree import DecisionTreeClassifier
+    fitted = DecisionTreeClassifier(max_depth=config['depth'], random_state=seed).fit(subset.x.numpy(), subset.y.numpy())
+    return [{}]*subset.n_epochs, Tree(fitted, subset.n_classes)
 
 def fit(config, subset, seed):
     "Forgets to seed anything, and draws from every generator there is"
@@ -149,6 +165,19 @@ def test_a_study_of_own_training_code_is_the_same_with_two_workers(user_folder, 
         assert {row['kind'] for row in r['responses']} >= {'gaussian'}
     weights = safetensors.torch.load_file(tmp_path/'one'/'best.safetensors')
     assert weights['1.weight'].shape == (one['best_config']['width'], 64)
+    kept = (tmp_path/'one'/'best.safetensors').read_bytes()
+    read_study(tmp_path/'one').model(one['best_config_id'], 1.0, 'final')  # trained again
+    assert (tmp_path/'one'/'best.safetensors').read_bytes() == kept
+    with pytest.raises(InputError, match='trained by a function of your own'):
+        load_predictor(tmp_path/'one')
+
+
+def test_a_model_without_weights_has_no_responses(user_folder, tmp_path):
+    out = run_study('iris', tmp_path/'out', SearchSpace('mlp', dict(depth=[1, 2, 3])), settings('user_code:tree', n_configs=3), n_workers=1, progress=False)
+    with open_store(tmp_path/'out'/'study.db', read_only=True) as store:
+        probes = store.probes('iris')
+    assert all(r['status'] == 'ok' and r['responses'] == [] for r in probes) and out['reached']['test_accuracy'] > 0.8
+    save_figures(tmp_path/'out', tmp_path/'figures')
 
 
 def test_another_seed_is_another_training(user_folder, digits_path):

@@ -619,3 +619,22 @@ def test_a_small_space_is_tried_whole_by_default(tmp_path):
     assert run_study('iris', tmp_path/'out', space, settings, n_workers=1, progress=False)['n_configs'] == 4
     with pytest.raises(InputError, match='fewer than 5 different configs, namely 4'):
         run_study('iris', tmp_path/'more', space, replace(settings, n_configs=5), n_workers=1, progress=False)
+
+
+def test_a_model_that_names_the_most_frequent_class_is_told(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = from_arrays(rng.normal(size=(300, 4)), np.where(rng.random(300) < 0.8, 'usual', 'rare'), name='noise')
+    out = run_study(noise, tmp_path/'out', settings=StudySettings(levels=(0.5,), n_configs=3, probe=ProbeSettings(train=TrainSettings(n_epochs=2))), n_workers=1, progress=False)
+    share = (split_dataset(noise).val_y == 1).float().mean()
+    assert out['naive']['answer'] == 'usual' and out['naive']['val_accuracy'] == pytest.approx(float(share))
+    told = "no better than always answering 'usual'" in dict(summary_rows(out))['reached validation accuracy']
+    assert told == (out['reached']['val_accuracy'] <= share+1e-6) == (not out['naive']['beaten'])
+    beaten = dict(out, naive=dict(out['naive'], beaten=True))
+    assert 'no better' not in dict(summary_rows(beaten))['reached validation accuracy'] and told
+
+
+def test_more_budget_than_the_whole_space_costs_is_told(tmp_path, capsys):
+    space = SearchSpace('mlp', dict(width=[4, 8]))
+    settings = StudySettings(levels=(0.2,), budget=6, probe=ProbeSettings(train=TrainSettings(n_epochs=1)))
+    run_study('iris', tmp_path/'out', space, settings, n_workers=1)
+    assert 'the budget of 6 full trainings is more than the 2 of training all configs of this space in full' in capsys.readouterr().err

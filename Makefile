@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # uv does not read pip's variable for local wheels
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help demo app test test-browser install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean tables sources landscapes replay-probes replay-unseen replay-studies replay-lcdb
+.PHONY: help demo app test test-browser install lock notebook-test package-test prepare export clean-notebooks readme experiments figures recipes bench bench-quick dehb compare clean tables sources landscapes replay-probes replay-unseen replay-studies real-studies replay-lcdb
 .DELETE_ON_ERROR:
 
 help:              ## list the targets
@@ -140,6 +140,9 @@ replay-unseen: install dehb   ## the same on the table that nothing was chosen o
 replay-studies: install  ## replay whole studies within budgets on the tables (20 minutes on two cores)
 	@mkdir -p runs/replay/studies
 	$(EXPERIMENT) nbs/experiments/replay_studies.ipynb runs/replay/studies/replay_studies.ipynb -r tables '$(TABLES:%=figures/%/table)' -r copy figures/studies
+real-studies: install    ## real studies from both starts: with what comes with llprobe, and from nothing (half an hour on two cores)
+	@mkdir -p runs/real-studies
+	$(EXPERIMENT) nbs/experiments/real_studies.ipynb runs/real-studies/real_studies.ipynb -p copy figures/real-studies
 LCDB ?=
 replay-lcdb: install     ## rank learners of unseen data sets: LCDB=archive.npz, or LCDB="train.npz test.npz"
 	@mkdir -p runs/replay/lcdb

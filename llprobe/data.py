@@ -232,7 +232,7 @@ def from_arrays(
         else: tensors[f'{part}_y'], names = _as_labels(targets, names, classes, len(own), f'{prefix}y')
         if own.shape[1:] != (shape := tensors['train_x'].shape[1:]):
             raise InputError(f'test_x has samples of shape {tuple(own.shape[1:])}, x of {tuple(shape)}')
-    if columns.get('test', columns['train']) != columns['train']: raise InputError(f'test_x has other columns than x, or in another order: give test_x[x.columns]')
+    if columns.get('test', columns['train']) != columns['train']: raise InputError('test_x has other columns than x, or in another order: give test_x[x.columns]')
     return _dataset(name, tensors, () if task == 'regression' else names if classes is None else classes, task, columns['train'])
 
 # %% ../nbs/01_data.ipynb #01data016

@@ -66,7 +66,7 @@ def data_features(
     x, y = split.dataset.train_x, split.train_y
     chosen = sample_order(y, 'stratified', derive_seed(seed, 'data features'))[:n_samples]
     flat, targets = flat_inputs(x[split.train[chosen]]), y[chosen]
-    shape, scale = split.dataset.input_shape, 255 if split.dataset.is_image else 1
+    shape = split.dataset.input_shape
     with np.errstate(invalid='ignore'): pca = PCA(svd_solver='covariance_eigh' if flat.shape[1] <= len(flat) else 'full').fit(flat.astype(np.float64))
     explained = np.nan_to_num(np.cumsum(pca.explained_variance_ratio_))
     z = pca.transform(flat)[:, :64]

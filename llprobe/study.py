@@ -4,7 +4,7 @@
 
 # %% ../nbs/61_study.ipynb #61study003
 from __future__ import annotations
-import contextlib, functools, importlib.metadata, math, platform, shutil, sys, tempfile, warnings
+import contextlib, functools, importlib.metadata, math, platform, shutil, sys, warnings
 from collections import Counter
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
@@ -270,9 +270,6 @@ def open_study(
         if settings.budget is None: store.add_configs(name, configs)
         refused.pop_all()
     return Study(name, out, settings, split, data_path, store, search, start=start)
-
-# %% ../nbs/61_study.ipynb #61study014
-#| export
 
 # %% ../nbs/61_study.ipynb #61study016
 def _fte(study: Study, records: Iterable[dict]) -> float:

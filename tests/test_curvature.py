@@ -251,7 +251,7 @@ def test_eigenvectors_are_right_whatever_the_order_of_the_names():
     model, x, y = digits_like()
     one, two = (extreme_eigenvalues(model, x, y, 1, names=names) for names in (['0.weight', '2.weight'], ['2.weight', '0.weight']))
     assert two.top == pytest.approx(one.top, rel=1e-3)
-    with hessian(model, x, y, names=['2.weight', '0.weight']) as H:
+    with hessian(model, x, y, names=['2.weight', '0.weight']):
         v = two.vectors[0]
         assert set(v) == {'0.weight', '2.weight'} and v['0.weight'].shape == (7, 5)
     def rise(step): # the second difference of the loss along v is its eigenvalue

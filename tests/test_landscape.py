@@ -1,5 +1,4 @@
 "Landscapes and paths against closed forms; orientation, holes, memory, files"
-import copy
 import subprocess
 import sys
 import warnings

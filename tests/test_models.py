@@ -1,5 +1,5 @@
 "Guards of the models: closed forms of size and cost, shapes, seeds, gradients, users' architectures"
-import importlib, itertools, sys
+import importlib, itertools
 
 import pytest
 import torch

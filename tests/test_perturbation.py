@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from llprobe.batches import evaluate, make_batches, recalibrate_batchnorm
 from llprobe.curvature import extreme_eigenvalues
-from llprobe.directions import adversarial_plane, eigenvector_plane
 from llprobe.flatness import average_sharpness, gaussian_profile, local_entropy, pac_bayes_flatness
 from llprobe.landscape import loss_landscape
 from llprobe.paths import bezier_curve, interpolate, swa_gap

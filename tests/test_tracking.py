@@ -192,7 +192,6 @@ def test_what_the_user_can_mend_is_said_before_anything_is_trained(tmp_path):
 
 
 def test_a_run_that_was_cut_short_is_written_again(tmp_path, tracked):
-    import mlflow
     uri = f'sqlite:///{tmp_path}/mlflow.db'
     class Dying(MLflowTracker):
         def _write(self, run_id, parameters, metrics):

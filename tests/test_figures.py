@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from llprobe.landscape_figures import landscape_figures
+from llprobe.solutions import choose_configs
 from llprobe.space import config_id
 from llprobe.table import read_table
-from llprobe.table_figures import level_predictions, probe_costs, sharpness_frame, table_figures
+from llprobe.table_figures import level_choices, level_predictions, probe_costs, sharpness_frame, table_figures
 from llprobe.visualization import save_figure
 
 FIGURES = Path(__file__).parents[1]/'figures'
@@ -103,3 +105,39 @@ def test_a_config_that_diverged_has_no_sharpness(tmp_path):
     diverged = set(probes.loc[(probes['level'] == 1) & (probes['status'] != 'ok'), 'config_id'])
     assert diverged
     assert set(sharpness_frame(table)['config_id']) == set(probes['config_id'])-diverged
+
+
+def test_gaps_are_what_training_is_better_by(table):
+    frames, _ = read_table(table)
+    found = sharpness_frame(table).set_index('config_id')
+    probes, responses = (frames[name][frames[name]['level'] == 1].set_index('config_id') for name in ('probes', 'responses'))
+    train = responses[(responses['kind'] == 'gaussian') & (responses['sample'] == 'train')]
+    still, shaken = (train[np.isclose(train['radius'], r)].groupby('config_id')[['loss', 'accuracy']].mean() for r in (0, found['radius'].iloc[0]))
+    expected = dict(sharpness=shaken['loss']-still['loss'], loss_gap=probes['val_loss']-still['loss'], accuracy_gap=still['accuracy']-probes['val_score'])
+    for name, values in expected.items():
+        assert found[name].to_numpy() == pytest.approx(values[found.index].to_numpy(), abs=1e-6), name
+    assert len(found) == 24 and (found['loss_gap'] > 0).mean() > 0.5
+
+
+def test_a_prediction_costs_the_levels_below_as_well():
+    "Two seeds of three configs by hand, with other costs each"
+    predictions = pd.DataFrame([dict(level=level, seed=seed, config_id=c, score=s, predicted=p, reached=r) for level in (0.1, 0.3) for seed in (0, 1)
+                                for c, s, p, r in zip('abc', [0.1, 0.2, 0.3], [0.3, 0.9, 0.5], [0.5, 0.8, 0.6])])
+    costs = pd.DataFrame([dict(level=level, seed=seed, part=part, fte=(1+seed)*level*share) for level in (0.1, 0.3, 1.0) for seed in (0, 1)
+                          for part, share in dict(training=1, validation=0.5).items()])
+    found = level_choices(predictions, costs).set_index(['level', 'seed', 'signal'])
+    assert found['fte'].to_dict() == pytest.approx({(level, seed, signal): 1.5*(1+seed)*fte for seed in (0, 1) for level, signal, fte in
+                                                    [(0.1, 'score', 0.1), (0.1, 'predicted', 0.1), (0.3, 'score', 0.3), (0.3, 'predicted', 0.4)]})
+    for signal, spearman, regret in [('score', 0.5, 0.2), ('predicted', 1, 0)]:
+        rows = found.xs(signal, level='signal')
+        assert rows['spearman'].to_numpy() == pytest.approx(spearman) and rows['regret'].to_numpy() == pytest.approx(regret, abs=1e-12)
+
+
+def test_the_median_config_has_as_many_above_as_below(tmp_path):
+    table = write_part(tmp_path/'table', 25, [0, 1])
+    probes = read_table(table)[0]['probes']
+    means = probes[probes['level'] == 1].groupby('config_id')['val_score'].mean()
+    chosen = choose_configs(table)
+    assert [c['val_score'] for c in chosen.values()] == pytest.approx([means.max(), means.median(), means.min()])
+    assert [means[config_id(c['config'])] for c in chosen.values()] == pytest.approx([c['val_score'] for c in chosen.values()])
+    assert means.max() > means.median() > means.min()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 
 from llprobe import comparison, peers
-from llprobe.comparison import METHODS, average_ranks, replay
+from llprobe.comparison import METHODS, average_ranks, mean_regrets, replay
 from llprobe.core import InputError
 from llprobe.replay import BudgetSpent, ReplayTable, Run, ladder, play, regrets, synthetic_table
 
@@ -93,6 +93,39 @@ def test_every_method_ends_when_the_table_is_used_up(name, shape):
     assert regrets(run, [1000])['regret_in_full'].item() == pytest.approx(0)
 
 
+def table_by_hand(scores: np.ndarray, fidelity: str, rungs: list[int], seed: int) -> tuple[ReplayTable, list[int]]: # And the place of each config
+    "A row of scores by rung for each config, in the order in which this seed draws them; rungs are epochs, or levels with a single epoch"
+    order, share = np.random.default_rng(seed).permutation(len(scores)), np.array(rungs)/rungs[-1]
+    score = np.empty((len(scores), 1, len(rungs)))
+    score[order, 0] = scores
+    levels, epochs = ([1.0], rungs) if fidelity == 'epochs' else (share, [1])
+    shape = len(levels), len(epochs)
+    return ReplayTable('by hand', np.zeros((len(scores), 1)), ['a'], score.reshape(-1, *shape), levels, epochs, share.reshape(1, *shape)), np.argsort(order).tolist()
+
+
+LOW = [3, 8, 5, 1, 2, 4, 9, 7, 6, 10, 12, 11]  # at rung 3, by place
+MIDDLE = [20, 22, 23, 20, 20, 20, 21, 20, 20, 27, 25, 26]  # at 9
+FULL = [40, 31, 32, 39, 38, 37, 33, 34, 35, 30, 28, 29]  # at 27: nearly the order upside down
+TRAINED = dict(
+    random=(3, [9, 27], [(0, 27), (1, 27), (2, 27)]),
+    random_low_then_full=(9, [9, 27], [(0, 9), (1, 9), (2, 9), (1, 27), (3, 9), (4, 9), (5, 9), (2, 27), (6, 9), (7, 9), (8, 9), (6, 27), (7, 27), (8, 27), (5, 27), (0, 27), (4, 27), (3, 27)]),
+    successive_halving=(12, [3, 9, 27], [*((place, 3) for place in range(9)), (6, 9), (1, 9), (7, 9), (1, 27), (9, 3), (10, 3), (11, 3), (10, 9), (10, 27),
+                                         *((place, 27) for place in (6, 7, 11, 9, 8, 2, 5, 0, 4, 3))]),
+    asha=(9, [3, 9, 27], [(0, 3), (1, 3), (2, 3), (1, 9), (3, 3), (4, 3), (5, 3), (2, 9), (6, 3), (6, 9), (2, 27), (7, 3), (8, 3), (7, 9), *((place, 27) for place in (1, 6, 7, 8, 5, 0, 4, 3))]))
+
+
+@pytest.mark.parametrize('fidelity', ['epochs', 'levels'])
+@pytest.mark.parametrize('name', TRAINED)
+def test_a_method_promotes_what_is_best_where_it_was_seen(name, fidelity):
+    "To the end of the table, by place and rung; worked out by hand"
+    n, rungs, expected = TRAINED[name]
+    for seed in range(3):
+        table, places = table_by_hand(np.array([LOW, MIDDLE, FULL] if 3 in rungs else [LOW, FULL]).T[:n], fidelity, rungs, seed)
+        trained = [(places[config], rungs[max(level, epoch)]) for _, config, level, epoch, _ in play(METHODS[name], table, 100, seed).trace]
+        passed = [(place, rung) for place, end in expected for rung in rungs if fidelity == 'epochs' and rung <= end or rung == end]  # a training passes the epochs below its last
+        assert trained == list(dict.fromkeys(passed))
+
+
 @pytest.mark.parametrize('name', ['optuna', 'smac', 'dehb'])
 def test_peers_train_at_the_rungs_of_the_ladder_only(name):
     table = make_table('curves', n=100)
@@ -145,6 +178,14 @@ def test_average_ranks_sum_to_a_constant_whatever_the_ties(rows):
     frame = pd.DataFrame([dict(table='t', budget=1.0, seed=s, method=m, normalised_regret=v) for s, row in enumerate(rows) for m, v in zip('abc', row)])
     ranks = average_ranks(frame)['mean']
     assert ranks.sum() == pytest.approx(6) and ranks.between(1, 3).all()
+
+
+def test_errors_of_means_are_over_seeds():
+    "Of four seeds whose means are 1, 2, 3 and 6 on two tables"
+    frame = pd.DataFrame([dict(method=m, table=t, seed=s, budget=1.0, normalised_regret=factor*(v+d))
+                          for m, factor in dict(a=1, b=10).items() for s, v in enumerate([1, 2, 3, 6]) for t, d in dict(x=-0.5, y=0.5).items()])
+    means = mean_regrets(frame)
+    assert means['mean'].tolist() == pytest.approx([3, 30]) and means['se'].tolist() == pytest.approx([math.sqrt(14/3/4), 10*math.sqrt(14/3/4)])
 
 
 @pytest.mark.parametrize('package', ['optuna', 'smac'])

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -26,7 +27,7 @@ from conftest import Command, llprobe
 from llprobe.batches import evaluate, task_loss
 from llprobe.checkpoint import load_checkpoint
 from llprobe.core import InputError
-from llprobe.data import Dataset, from_arrays, load_dataset, split_dataset
+from llprobe.data import Dataset, from_arrays, load_dataset, save_dataset, split_dataset
 from llprobe.predictor import load_predictor
 from llprobe.probe import ProbeSettings
 from llprobe.results import summary_rows
@@ -549,6 +550,23 @@ def test_the_chosen_model_answers_for_new_samples(tmp_path):
     answers = load_predictor(tmp_path/'out').predict(frame.data.iloc[split.test.numpy()].sample(frac=1, axis=1, random_state=0))
     truth = np.array(frame.target_names)[frame.target.iloc[split.test.numpy()]]
     assert (answers == truth).mean() == pytest.approx(out['reached']['test_accuracy'])
+
+
+@pytest.mark.parametrize('labels', [[9, 100], [False, True]], ids=str)
+def test_answers_are_the_labels_that_the_data_had(labels, tmp_path):
+    "Numbers stay numbers in a saved data set and in the chosen model, and a column of words is encoded for new samples too"
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(dict(size=rng.normal(size=60), city=rng.choice(['Oslo', 'Rome', 'Bergen'], 60)))
+    y = np.array(labels)[(frame['city'] == 'Rome').astype(int)]
+    save_dataset(from_arrays(frame, pd.Series(y), name='cities'), tmp_path/'cities.safetensors')
+    settings = StudySettings(levels=(0.5,), n_configs=2, probe=ProbeSettings(train=TrainSettings(n_epochs=20)))
+    space = SearchSpace('mlp', dict(learning_rate=[0.03, 0.1], batch_size=8))
+    run_study(load_dataset(tmp_path/'cities.safetensors'), tmp_path/'out', space, settings, n_workers=1, progress=False)
+    predictor = load_predictor(tmp_path/'out')
+    new = frame[['city', 'size']].assign(extra='x')[::-1]
+    answers = predictor.predict(new)
+    assert predictor.classes == tuple(labels) and answers.dtype == y.dtype
+    assert answers.tolist() == y[::-1].tolist() and predictor.predict(new[new['city'] == 'Rome']).tolist() == [labels[1]]*(frame['city'] == 'Rome').sum()
 
 
 def test_errors_of_a_regression_are_in_its_units(tmp_path):

@@ -34,6 +34,7 @@ def make_ladder(
     "Pauses at the lowest level, whole trainings at the others, and pauses again at level 1"
     levels, epochs = sorted(levels), sorted(epochs)
     if not levels or not 0 < levels[0] <= levels[-1] <= 1: raise InputError(f'levels must be at least one number in (0, 1], got {levels}')
+    if len(set(levels)) < len(levels): raise InputError(f'levels must be distinct, got {levels}')
     if not epochs or epochs[0] < 1: raise InputError(f'epochs must be at least one whole number of 1 or more, got {epochs}')
     def besides(level: float, e: int) -> float: return (level < 1)*(validation*e/epochs[-1]+overhead*(e == epochs[-1]))
     return [Rung(level, e, level*e/epochs[-1]+besides(level, e), besides(level, e)) for level in levels for e in (epochs if level in (levels[0], 1.0) else epochs[-1:])]

@@ -73,6 +73,10 @@ def _at(study: StudyReader, level: float|None) -> tuple[float, list[dict[str, An
     return level, [r for r in study.probes if r['level'] == level]
 
 # %% ../nbs/76_charts.ipynb #76charts008
+def _has_scores(record: dict) -> bool:
+    "Was any epoch scored? Training of one's own may score the end only"
+    return any(row['val_score'] is not None and math.isfinite(row['val_score']) for row in record['curve'])
+
 def curves_chart(
     study: StudyReader,
     level: float|None = None, # By default the lowest
@@ -81,7 +85,7 @@ def curves_chart(
     "Validation score against the epoch, one line a config"
     level, records = _at(study, level)
     if level == 1 and not records: records = [r for r in study.records if r['purpose'] == 'final']
-    if not any(r['curve'] for r in records): return message_chart(f'no curve was recorded at level {level:g}')
+    if not any(_has_scores(r) for r in records): return message_chart(f'no scores by epoch were recorded at level {level:g}')
     lines = {r['config_id']: ([row['epoch'] for row in r['curve']], [row['val_score'] for row in r['curve']]) for r in records}
     traces = _highlighted(lines, _highlight(study, highlight), f'epoch %{{x}}<br>{METRICS[study.metric]} %{{y}}')
     return chart_figure(traces, _epoch_axis(x for xs, _ in lines.values() for x in xs), score_axis(study.metric, [y for _, ys in lines.values() for y in ys]))
@@ -92,8 +96,8 @@ def config_curves_chart(
     config: str, # Its config_id
 ) -> go.Figure:
     "Validation score of one config against the epoch, one line a level"
-    records = [r for r in study.records if r['config_id'] == config and r['curve']]
-    if not records: return message_chart('no curve was recorded')
+    records = [r for r in study.records if r['config_id'] == config and _has_scores(r)]
+    if not records: return message_chart('no scores by epoch were recorded')
     traces = []
     for r, colour in zip(records, itertools.cycle(CYCLE)):
         name = 'full training' if r['purpose'] == 'final' else f'level {r["level"]:g}{", paused"*(r["status"] == "paused")}'

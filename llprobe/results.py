@@ -32,8 +32,8 @@ def study_figures(
     table = pd.DataFrame(result['predictions']).drop(columns='config')
     yield 'levels', f'Validation {name} of each config against its level; {seed}.', plot_levels(probes, result), probes
     yield 'predictions', f'Validation {name} seen at each config\'s highest level and predicted at level 1; {seed}.', plot_predictions(result), table
-    yield 'responses', f'Validation loss under filter-normalised noise, mean over directions; {seed}.', plot_responses(responses, scores, low, metric=metric), responses
-    yield 'curves', f'Validation {name} by epoch at level {low:g}; {seed}.', plot_curves(curves[curves['purpose'] == 'probe'], low, best, metric), curves
+    if len(responses): yield 'responses', f'Validation loss under filter-normalised noise, mean over directions; {seed}.', plot_responses(responses, scores, low, metric=metric), responses
+    if curves['val_score'].notna().any(): yield 'curves', f'Validation {name} by epoch at level {low:g}; {seed}.', plot_curves(curves[curves['purpose'] == 'probe'], low, best, metric), curves
     yield 'cost', 'Cost in full-training equivalents, validation and perturbation charged.', plot_cost(result), pd.Series(result['cost']['fte'], name='fte').rename_axis('part').reset_index()
 
 def save_figures(

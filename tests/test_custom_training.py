@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from llprobe.charts import config_curves_chart, curves_chart
 from llprobe.core import InputError
 from llprobe.custom_training import make_subset, run_training
 from llprobe.data import cached_file, from_arrays, load_dataset, split_dataset
@@ -178,6 +179,9 @@ def test_a_model_without_weights_has_no_responses(user_folder, tmp_path):
         probes = store.probes('iris')
     assert all(r['status'] == 'ok' and r['responses'] == [] for r in probes) and out['reached']['test_accuracy'] > 0.8
     save_figures(tmp_path/'out', tmp_path/'figures')
+    assert {path.stem for path in (tmp_path/'figures').iterdir()} == {'levels', 'predictions', 'cost'}
+    study = read_study(tmp_path/'out')
+    assert all(chart.layout.meta['message'] for chart in (curves_chart(study), config_curves_chart(study, out['best_config_id'])))
 
 
 def test_another_seed_is_another_training(user_folder, digits_path):

@@ -312,7 +312,7 @@ def _affordable(self: AdaptiveSearch, k: int, n_known: int, candidate: int, rung
     "The step, if the budget leaves a full training after it, and what brings `n_whole` candidates to an end"
     top, left = len(self.ladder)-1, self.budget-self.spent-self._cost(candidate, rung, reached)
     more = max(0, self.n_whole-1-len(self._whole(n_known))) # besides that full training
-    to_top, to_end = (step_cost(self.ladder, k, relative=float(self.relative_cost.max())) for k in (top, self._end(0)))
+    to_top, to_end = (step_cost(self.ladder, end, relative=float(self.relative_cost.max())) for end in (top, self._end(0)))
     kept = (rung < top)*to_top+more*to_end
     return Step(k, candidate, rung, reached) if left >= kept-1e-9 else self._last(k, n_known)
 

@@ -311,7 +311,8 @@ def _towards(self: AdaptiveSearch, target: int, reached: int) -> int: # Rung
 def _affordable(self: AdaptiveSearch, k: int, n_known: int, candidate: int, rung: int, reached: int) -> Step|None:
     "The step, if the budget leaves a full training after it, and what brings `n_whole` candidates to an end"
     top, left = len(self.ladder)-1, self.budget-self.spent-self._cost(candidate, rung, reached)
-    more = max(0, self.n_whole-1-len(self._whole(n_known))) # besides that full training
+    whole = len(self._whole(n_known))
+    more = max(0, self.n_whole-max(1, whole)) # besides that full training, which may be of one that is there
     to_top, to_end = (step_cost(self.ladder, end, relative=float(self.relative_cost.max())) for end in (top, self._end(0)))
     kept = (rung < top)*to_top+more*to_end
     return Step(k, candidate, rung, reached) if left >= kept-1e-9 else self._last(k, n_known)
@@ -329,18 +330,19 @@ def _end(self: AdaptiveSearch, rung: int) -> int: # Rung
 
 @patch
 def _last(self: AdaptiveSearch, k: int, n_known: int) -> Step|None:
-    "Bring the candidate predicted to be best to the top, but others to an end before that, until with it `n_whole` are there; None if the budget does not allow it"
+    "Bring the candidate predicted to be best to the top, and before that, as far as the budget allows both, others to an end until with it `n_whole` are there; None if it does not even allow the first"
     table, whole, reached = self.standing(n_known).dropna(), self._whole(n_known), {s.candidate: s.rung for s in self.steps}
     if self.steps and not len(table): return None
     best = self._predicted_best(table, n_known, {}) if len(table) else self.order[0] # the budget is for one training only
-    candidate, rung = best, len(self.ladder)-1
+    top, left = len(self.ladder)-1, self.budget-self.spent+1e-9
+    to_top = self._cost(best, top, reached.get(best, -1)) if reached.get(best, -1) < top else 0.0
     if self.steps and len(whole | {best}) < self.n_whole:
-        paused, fresh = table[~table.index.isin([*whole, best])], [c for c in self.order if c not in reached]
-        candidate = self._predicted_best(paused, n_known, {}) if len(paused) else fresh[0] if fresh else best
-        if candidate != best: rung = self._end(reached.get(candidate, 0))
-    stands = reached.get(candidate, -1)
-    fits = stands < rung and self.spent+self._cost(candidate, rung, stands) <= self.budget+1e-9
-    return Step(k, candidate, rung, stands) if fits else None
+        paused = table[~table.index.isin([*whole, best])]
+        others = ([self._predicted_best(paused, n_known, {})] if len(paused) else [])+[c for c in self.order if c not in reached]
+        for candidate in others:
+            end, stands = self._end(reached.get(candidate, 0)), reached.get(candidate, -1)
+            if stands < end and self._cost(candidate, end, stands)+to_top <= left: return Step(k, candidate, end, stands)
+    return Step(k, best, top, reached.get(best, -1)) if 0 < to_top <= left else None
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive015
 @patch

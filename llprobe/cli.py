@@ -289,7 +289,7 @@ def _export_optuna(args: argparse.Namespace) -> None:
 # %% ../nbs/90_cli.ipynb #90clin26
 _FIELDS = {'n_workers': '--jobs', 'n_full': '--full', 'n_configs': '--configs', 'choose_levels': '--choose-levels', 'warm_start': '--warm-start', 'probe.train.n_epochs': '--epochs'}
 
-_PHRASES = {"pass task='regression'": 'give --regression', 'predict with target': 'predict with --target', 'target is for': '--target is for'}
+_PHRASES = {"pass task='regression'": 'give --regression', 'predict with target': 'predict with --target', 'target is for': '--target is for', 'leave task out for classes': 'leave --regression out for classes'}
 
 def _by_option(sentence: str) -> str:
     "Options in place of fields that have another name"

@@ -194,6 +194,7 @@ def _as_labels(y: Any, names: np.ndarray|None, classes: Sequence[str]|None, n: i
 def _as_targets(y: Any, n: int, what: str) -> Tensor:
     "Finite float32, one number a sample"
     y = _one_each(y, n, what, 'number')
+    if odd := [row for row, value in enumerate(y.tolist()) if isinstance(value, str)]: raise InputError(f'{what} holds {y[odd[0]]!r} in row {odd[0]}: the targets of a regression must be numbers')
     if y.dtype.kind not in 'iuf': raise InputError(f"{what} has type {y.dtype}: a regression's targets must be numbers, so leave task out for classes")
     with np.errstate(over='ignore'): targets = y.astype(np.float32)
     if not (finite := np.isfinite(targets)).all():
@@ -376,7 +377,7 @@ def _load_csv(path: Path, target: str|None, task: str) -> Dataset:
     "The columns of a CSV file, of which one is to be predicted"
     frame = read_csv(path)
     if target is None: raise InputError(f'{path} is a table: name the column to predict with target ({", ".join(map(str, frame))[:300]})')
-    if target not in frame: raise InputError(f'{path} has no column {target!r}, but {", ".join(map(str, frame))[:300]}{did_you_mean(target, frame)}')
+    if target not in frame: raise InputError(f'{path} has no column {target!r}, but {", ".join(map(str, frame))[:300]}{did_you_mean(str(target), map(str, frame))}')
     return from_arrays(frame.drop(columns=target), frame[target], name=path.stem, task=task)
 
 # %% ../nbs/01_data.ipynb #01data025
@@ -397,8 +398,8 @@ def load_dataset(
     is_below_root = root and root.is_dir() and name in os.listdir(root) and (root/name).is_dir()
     if is_below_root or name and name not in DATASETS and path.is_dir():
         return _load_folder(root/name if is_below_root else path, cache, image_size, n_workers, progress)
-    if path.suffix.lower() in _CSV and path.is_file(): return _load_csv(path, target, task)
-    if target is not None: raise InputError(f'target is for CSV files: leave it out for {name!r}')
+    if path.suffix.lower() in _CSV and image_size is None: return _load_csv(path, target, task)
+    if target is not None or task != 'classification': raise InputError(f'target is for CSV files, and so is task: leave them out for {name!r}')
     if image_size is not None: raise InputError(f'image_size is for folders of images: leave it out for {name!r}')
     if name in _TORCHVISION: return _load_torchvision(name, root or cache_folder(cache))
     if name == 'california_housing': return _load_california_housing(root or cache_folder(cache))

@@ -4,6 +4,7 @@
 
 # %% ../nbs/00c_frames.ipynb #00cframes003
 from __future__ import annotations
+import itertools, re, warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, Sequence
@@ -23,6 +24,7 @@ def column_names(values: Any) -> list[str]: # Empty for what is no frame
 def pandas_array(values: Any) -> np.ndarray:
     "Of a frame or series; floats where numbers, booleans and missing values are mixed"
     import pandas as pd
+    if isinstance(values, pd.api.extensions.ExtensionArray): values = pd.Series(values)
     values = values.infer_objects()
     if (array := np.asarray(values)).dtype.kind != 'O': return array
     columns = values if isinstance(values, pd.DataFrame) else pd.DataFrame(values)
@@ -42,6 +44,12 @@ def _word_columns(name: str, columns: Sequence[str]) -> list[str]:
     "Those of `columns` that a column of words was turned into"
     return [column for column in columns if column.startswith(f'{name}=')]
 
+def _check_words(name: str, words: list[str], names: list[str], what: str) -> None:
+    "Refuse names that could not be told apart again, and tell of words that look like numbers or dates"
+    if clash := _word_columns(name, names): raise InputError(f'the columns {name} and {clash[0]} of {what} would be mixed up: rename one of them')
+    if odd := [word for word in words if re.fullmatch(r'\W*\d[\d\W]*', word)]:
+        warnings.warn(f'column {name} of {what} holds words that look like numbers or dates, such as {odd[0]!r}, so that each becomes a column of its own: mend what is no number there, if numbers are meant', stacklevel=4)
+
 def encode_words(
     frame: Any, # A pandas frame
     columns: Sequence[str] = (), # Those of a frame that was encoded before, whose words are taken; by default all words there are
@@ -51,16 +59,24 @@ def encode_words(
     import pandas as pd
     parts, frame = [frame[[]]], frame.infer_objects()
     for name, values in frame.items():
-        if not _holds_words(values):
+        if not (_word_columns(name, columns) or _holds_words(values)):
             parts.append(values)
             continue
         if values.isna().any(): raise InputError(f'{what} holds nothing in row {int(values.isna().to_numpy().argmax())}, column {name}: fill in or drop what is missing')
+        if values.dtype.kind == 'f' and (values % 1 == 0).all(): values = values.astype('int64') # codes, where the training had words among them
         values = values.astype(str)
         words = [column.removeprefix(f'{name}=') for column in _word_columns(name, columns)] or sorted(values.unique())
         if len(words) > MOST_WORDS: raise InputError(f'column {name} of {what} holds {len(words)} different words, as names or dates do: group them into at most {MOST_WORDS}, turn them into numbers, or leave the column out')
+        if not columns: _check_words(name, words, [str(other) for other in frame], what)
         if unknown := sorted(set(values)-set(words)): raise InputError(f'{what} holds {unknown[0]!r} in column {name}, where the training had {", ".join(words)}: put one of these in its place, or drop the row')
         parts += [(values == word).rename(f'{name}={word}') for word in words]
     return pd.concat(parts, axis=1)
+
+def _numbers(values: Any, what: str) -> Any: # Of a series
+    "Words of a column that held numbers before, as numbers"
+    import pandas as pd
+    try: return pd.to_numeric(values.astype(object))
+    except (ValueError, TypeError) as error: raise InputError(f'{what} holds words in column {values.name}, where the training had numbers ({error})') from error
 
 def align_columns(
     frame: Any, # A pandas frame
@@ -70,6 +86,7 @@ def align_columns(
     "A new table as one before it: words encoded, columns in the same order, others left out; `InputError` for what is missing"
     names = column_names(frame)
     used = frame.loc[:, [name in columns or bool(_word_columns(name, columns)) for name in names]]
+    used = used.assign(**{name: _numbers(values, what) for name, values in used.items() if name in columns and _holds_words(values)})
     encoded = encode_words(used, columns, what)
     names = column_names(encoded)
     if missing := [name for name in columns if name not in names]: raise InputError(f'{what} lacks the columns {", ".join(missing)}: give all that the model was trained on')
@@ -78,11 +95,14 @@ def align_columns(
 # %% ../nbs/00c_frames.ipynb #00cframes009
 def read_csv(
     path: str|Path, # Its values separated by commas, semicolons, tabs or bars
-) -> Any: # A frame; a first column without a name, which numbers the rows, is left out
+) -> Any: # A frame; a first column without a name is left out if it numbers the rows
     "A CSV file whose first line names the columns; `InputError` if it cannot be read"
     import pandas as pd
     try:
-        with open(path, encoding='utf-8-sig') as file: first = file.readline()
-        frame = pd.read_csv(path, sep=max(',;\t|', key=first.count), encoding='utf-8-sig')
+        with open(path, encoding='utf-8-sig') as file: header, row = ([line for line in itertools.islice(file, 100) if line.strip()]+['', ''])[:2]
+        options = dict(sep=max(',;\t|', key=lambda c: (min(header.count(c), row.count(c)), header.count(c))), encoding='utf-8-sig')
+        frame, names = pd.read_csv(path, low_memory=False, **options), pd.read_csv(path, header=None, nrows=1, dtype=str, **options).iloc[0]
     except (OSError, ValueError) as error: raise InputError(f'{path} cannot be read as a CSV file ({type(error).__name__}: {" ".join(str(error).split())})') from error
-    return frame.iloc[:, 1:] if frame.columns[0] == 'Unnamed: 0' else frame
+    column_names(pd.DataFrame(columns=names.dropna())) # pandas would rename the second of two
+    numbers = frame.iloc[:, 0].tolist() if frame.columns[0] == 'Unnamed: 0' else None
+    return frame.iloc[:, 1:] if numbers in ([*range(len(frame))], [*range(1, len(frame)+1)]) else frame

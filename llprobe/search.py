@@ -204,6 +204,7 @@ class BudgetSearch(Search):
         relative_cost = [1]*len(configs) if relative_cost is None else list(relative_cost)
         self.full_costs, dearest = {c: relative+final-1 for c, relative in zip(self.configs, relative_cost)}, max(relative_cost)
         self.full_budget = n_full*(dearest+final-1) if full_budget is None else full_budget
+        if self.full_budget < dearest+final-1-1e-9: raise InputError(f'full_budget must be at least {dearest+final-1:.3g}, for the dearest full training, got {full_budget:g}')
         if not budget >= (least := self.full_budget+step_cost(ladder, len(ladder)-1, relative=dearest)):
             raise InputError(f'budget must be at least {least:.3g}, for one probe at level {max(self.levels):g} and {"the full training" if n_full == 1 else f"{n_full} full trainings"}, got {budget:g}')
         self.adaptive = AdaptiveSearch(space.encode(list(configs)), ladder, budget=budget-self.full_budget, relative_cost=relative_cost, n_whole=n_full, **options)

@@ -335,14 +335,16 @@ def _last(self: AdaptiveSearch, k: int, n_known: int) -> Step|None:
     if self.steps and not len(table): return None
     best = self._predicted_best(table, n_known, {}) if len(table) else self.order[0] # the budget is for one training only
     top, left = len(self.ladder)-1, self.budget-self.spent+1e-9
-    to_top = self._cost(best, top, reached.get(best, -1)) if reached.get(best, -1) < top else 0.0
-    if self.steps and len(whole | {best}) < self.n_whole:
-        paused = table[~table.index.isin([*whole, best])]
+    kept = self._cost(best, top, reached.get(best, -1)) if reached.get(best, -1) < top else 0.0
+    if kept > left: kept = 0.0 # too dear: it is one of the others
+    if kept: whole = whole | {best}
+    if self.steps and len(whole) < self.n_whole:
+        paused = table[~table.index.isin(list(whole))]
         others = ([self._predicted_best(paused, n_known, {})] if len(paused) else [])+[c for c in self.order if c not in reached]
         for candidate in others:
             end, stands = self._end(reached.get(candidate, 0)), reached.get(candidate, -1)
-            if stands < end and self._cost(candidate, end, stands)+to_top <= left: return Step(k, candidate, end, stands)
-    return Step(k, best, top, reached.get(best, -1)) if 0 < to_top <= left else None
+            if stands < end and self._cost(candidate, end, stands)+kept <= left: return Step(k, candidate, end, stands)
+    return Step(k, best, top, reached.get(best, -1)) if kept else None
 
 # %% ../nbs/54_adaptive.ipynb #54adaptive015
 @patch

@@ -255,6 +255,7 @@ def verify(self: _Search, vectors: Iterator[Tensor], n_steps: int) -> float: # T
     before, pending, invariant = self.wanted()[0], self.krylov.pending, 0
     self.krylov.pending, chain, risk = [], [], 1.
     while len(chain) < n_steps and risk > 0.01 and invariant < 3:
+        if not self.krylov.pending and invariant and pending: self.krylov.pending.append(pending.pop()) # it may hide what the chain cannot see
         if not self.krylov.pending and not self.krylov.add(next(vectors)): # The basis is complete
             if not pending: invariant = 3; break
             self.krylov.pending.append(pending.pop())

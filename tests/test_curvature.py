@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -114,6 +114,7 @@ def test_against_curvlinops_with_ragged_batches():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(-5, 5), min_size=2, max_size=25), st.integers(1, 4), st.integers(0, 2), st.integers(0, 1000))
+@example([0, 0, 3, -1, 0, 0, 3, 0, 1], 2, 0, 0)  # the second 3 was hidden by a direction that rounding had made
 def test_repeated_eigenvalues_are_found(values, n_top, n_bottom, seed):
     "Small integers: most are repeated"
     n_top, n_bottom = min(n_top, len(values)-1), min(n_bottom, len(values)-min(n_top, len(values)-1))

@@ -70,6 +70,7 @@ def _add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument('--schedule', default='one_cycle', help='of the learning rate: one_cycle, cosine or constant')
     p.add_argument('--augment', default='none', help='none, flip or flip_crop')
     p.add_argument('--device', default='auto', help='cpu, cuda, or auto')
+    p.add_argument('--precision', default='auto', help='of the multiplications in training: float32, bfloat16, or auto, which takes bfloat16 where that is faster')
     p.add_argument('--population', help='auto, stack or alone: which probes train together; by default auto on a GPU and alone on a CPU')
     p.add_argument('--jobs', type=_whole, help='probes at once; by default one per core')
     p.add_argument('--track', action='append', default=[], metavar='WHERE', help='log to mlflow:URI, such as mlflow:sqlite:///mlflow.db, or to tensorboard:FOLDER as well; may be given again')
@@ -128,7 +129,7 @@ def _settings(args: argparse.Namespace):
     from llprobe.study import StudySettings
     from llprobe.training import TrainSettings
     from llprobe.warm_start import BUNDLED
-    train = TrainSettings(n_epochs=args.epochs, schedule=args.schedule, augment=args.augment, device=args.device)
+    train = TrainSettings(n_epochs=args.epochs, schedule=args.schedule, augment=args.augment, device=args.device, precision=args.precision)
     probe = ProbeSettings(architecture=args.architecture, strategy=args.strategy, train=train, training=args.training)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in (*_WITHIN, *_WITHOUT, 'levels', 'design', 'warm_start')}
     begin = dict() if 'design' in given else dict(warm_start=(BUNDLED,)) # a design that was asked for is left as it is

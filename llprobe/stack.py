@@ -14,7 +14,7 @@ from .core import derive_seed
 from .data import Split
 from .models import SAMPLEWISE, Dropout, evaluating
 from .optimization import OPTIMIZERS, learning_rate_factor, resolve_config
-from .training import (TrainResult, TrainSettings, batch_indices, epoch_batches, is_finite, isolated, network_input, resolve_device, train, training_samples)
+from .training import (TrainResult, TrainSettings, batch_indices, epoch_batches, is_finite, isolated, network_input, resolve_device, train, training_dtype, training_samples)
 
 # %% auto #0
 __all__ = ['stack_key', 'Stack', 'train_stack']
@@ -77,6 +77,7 @@ class Stack:
         self.active = sorted(range(len(models)), key=lambda i: OPTIMIZERS.index(configs[i]['optimizer'])) # position of each member
         self.configs = [configs[i] for i in self.active]
         self.base = copy.deepcopy(models[0]).to(self.device)
+        self.dtype = training_dtype(self.base, configs[0], split.dataset.input_shape, settings, self.device)
         weights, buffers = torch.func.stack_module_state([models[i].to(self.device) for i in self.active])
         self.weights = {name: w.detach().contiguous().requires_grad_(w.requires_grad) for name, w in weights.items()}
         self.buffers = {name: b.clone() for name, b in buffers.items()}
@@ -90,8 +91,7 @@ class Stack:
     ) -> Tensor: # (m, n, c)
         "All members' outputs; dropout draws the same numbers for each"
         def member(weights: dict, buffers: dict) -> Tensor: return torch.func.functional_call(self.base, (weights, buffers), (x,))
-        with torch.autocast('cuda', torch.bfloat16, enabled=x.is_cuda):
-            return torch.vmap(member, randomness='same')(self.weights, self.buffers).float()
+        return torch.vmap(member, randomness='same')(self.weights, self.buffers)
 
 # %% ../nbs/24_stack.ipynb #24stack00b
 @patch
@@ -120,7 +120,7 @@ def _step(self: Stack,
 ) -> Tensor: # (2, m): each member's mean loss and gradient norm
     "One step of every member"
     trained = [w for w in self.weights.values() if w.requires_grad]
-    outputs = self.forward(x)
+    with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32): outputs = self.forward(x).float()
     losses = sum(weight*self.losses(outputs, y) for weight, y in targets)
     gradients = torch.autograd.grad(losses.sum(), trained)
     norms = sum(g.flatten(1).square().sum(1) for g in gradients).sqrt()

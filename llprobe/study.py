@@ -29,7 +29,7 @@ from .progress import between_bars, progress_bar
 from .search import BudgetSearch, Search, Trial, check_levels
 from .space import SearchSpace, config_id, default_space
 from .store import PURPOSES, Store, open_store
-from .training import resolve_device
+from .training import has_bfloat16_units, resolve_device
 from .warm_start import WarmStart, learn, warm_design
 
 # %% auto #0
@@ -68,6 +68,7 @@ class StudySettings:
         "The settings as plain values"
         values = asdict(self)
         del values['probe']['train']['device'], values['probe']['train']['n_threads']
+        if self.probe.train.precision == 'auto': del values['probe']['train']['precision'] # the machine's, too
         for name in ('budget', 'pool', 'choose_levels', 'pauses') if self.budget is None else ('n_configs', 'promote'): # without a say
             if name != 'pool' or not self.warm_start: del values[name]
         if self.budget is not None and len(self.epochs) == 1: del values['pauses'] # as in studies from before there was a choice
@@ -173,12 +174,12 @@ def versions() -> dict[str, str]: # Version by package
     packages = ('llprobe', 'torch', 'numpy', 'scikit-learn', 'ConfigSpace')
     return dict(python=platform.python_version()) | {p: importlib.metadata.version(p) for p in packages}
 
-def hardware(device: str = 'auto') -> dict[str, Any]: # device, name, cores
+def hardware(device: str = 'auto') -> dict[str, Any]: # device, name, cores, bfloat16 (multiplied in hardware?)
     "The machine the numbers were computed on"
     kind, info = resolve_device(device), Path('/proc/cpuinfo')
     names = [line.split(':', 1)[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
     name = torch.cuda.get_device_name(kind) if kind.type == 'cuda' else [*names, platform.processor() or platform.machine()][0]
-    return dict(device=kind.type, name=name, cores=default_workers('cpu'))
+    return dict(device=kind.type, name=name, cores=default_workers('cpu'), bfloat16=has_bfloat16_units(kind))
 
 # %% ../nbs/61_study.ipynb #61study00f
 _KEPT = 64 # Checkpoints of paused probes; without its own a probe begins again, and is charged for that

@@ -16,16 +16,19 @@ from .batches import auto_batch_size, evaluate, settle_layout, task_loss
 from .checkpoint import load_checkpoint, save_checkpoint
 from .core import InputError, derive_seed, digest
 from .data import Split, normalise
-from .models import SAMPLEWISE, evaluating
+from .models import SAMPLEWISE, evaluating, forward_flops
 from .optimization import (Averaging, ascended, learning_rate_factor, make_optimizer, passes, resolve_config, trainable,
                                   untracked_batchnorm)
 from .sampler import sample_order
 
 # %% auto #0
-__all__ = ['TrainSettings', 'resolve_device', 'network_input', 'network_samples', 'training_samples', 'split_batches',
-           'batch_indices', 'epoch_batches', 'TrainResult', 'is_finite', 'isolated', 'Trainer', 'train']
+__all__ = ['PRECISIONS', 'TrainSettings', 'resolve_device', 'has_bfloat16_units', 'training_dtype', 'network_input',
+           'network_samples', 'training_samples', 'split_batches', 'batch_indices', 'epoch_batches', 'TrainResult',
+           'is_finite', 'isolated', 'Trainer', 'train']
 
 # %% ../nbs/23_training.ipynb #23training005
+PRECISIONS = ('auto', 'float32', 'bfloat16')
+
 @dataclass(frozen=True)
 class TrainSettings:
     "What every training of a study shares"
@@ -36,6 +39,10 @@ class TrainSettings:
     device: str = 'auto'          # 'cpu', 'cuda', 'cuda:1' …; 'auto' takes CUDA where there is one
     n_threads: int = 1            # CPU threads of one training
     n_curve_samples: int = 1000   # Validation samples behind each epoch's point of the curve; the last value uses them all
+    precision: str = 'auto'       # Of the multiplications, one of `PRECISIONS`; 'auto' takes bfloat16 where that is faster
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS: raise InputError(f'precision must be one of {", ".join(PRECISIONS)}, got {self.precision!r}')
 
     @property
     def shared(self) -> dict: # By hyper-parameter
@@ -53,6 +60,31 @@ def resolve_device(
         return torch.device(device)
     except (RuntimeError, AssertionError, ValueError) as e:
         raise InputError(f'device {device!r} cannot be used here ({str(e).splitlines()[0]}); take cpu, cuda or auto') from None
+
+# %% ../nbs/23_training.ipynb #23trainingp02
+_ENOUGH = 2e8 # Multiply-adds of a step's forward pass from which bfloat16 pays on a CPU
+
+def has_bfloat16_units(
+    device: torch.device,
+) -> bool:
+    "Does the device multiply matrices of bfloat16 faster than those of float32?"
+    if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and bool(torch.cpu.get_capabilities().get('amx_bf16'))
+
+def training_dtype(
+    model: nn.Module, # On the device
+    config: dict, # From `resolve_config`
+    input_shape: tuple[int, ...], # Of one sample
+    settings: TrainSettings,
+    device: torch.device,
+) -> torch.dtype: # float32 or bfloat16; the same at each level
+    "What a training step multiplies in"
+    if settings.precision != 'auto': return getattr(torch, settings.precision)
+    if not has_bfloat16_units(device): return torch.float32
+    try:
+        with torch.autocast(device.type, torch.bfloat16): work = forward_flops(model, input_shape)*config['batch_size']
+    except Exception: return torch.float32 # a user's layer may raise anything where it expects float32
+    return torch.bfloat16 if device.type == 'cuda' or work >= _ENOUGH else torch.float32
 
 # %% ../nbs/23_training.ipynb #23training008
 def network_input(
@@ -166,6 +198,7 @@ class Trainer:
         self.x, self.y, self.val_x, self.val_y = training_samples(split, indices, seed, self.device)
         few = network_input(split, self.x[:2])
         with evaluating(self.model), torch.no_grad(), isolated(0, self.device, settings.n_threads): settle_layout(self.model, few, weights=True)
+        self.dtype = training_dtype(self.model, self.config, few.shape[1:], settings, self.device)
         self.optimizer, self.averaging = make_optimizer(self.model, self.config), Averaging(self.model, self.config, settings.n_epochs)
         small = self.device.type == 'cpu' and all(type(m) in SAMPLEWISE for m in self.model.modules())
         self.micro_batch = max(64, auto_batch_size(self.model, few, self.y[:2])) if small else None # the whole batch
@@ -203,7 +236,7 @@ def _backward(self: Trainer,
     total, k = 0., self.micro_batch or len(x)
     for start in range(0, len(x), k):
         part = slice(start, start+k)
-        with torch.autocast('cuda', torch.bfloat16, enabled=x.is_cuda): outputs = self.model(x[part]).float()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32): outputs = self.model(x[part]).float()
         loss = sum(weight*task_loss(outputs, y[part], self.config['label_smoothing']) for weight, y in targets)*(len(outputs)/len(x))
         loss.backward()
         total += loss.detach()

@@ -145,6 +145,7 @@ def run(args: argparse.Namespace) -> None:
     "Run or resume a study, and show what came out"
     start = time.perf_counter()
     _check_say(args)
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # of PyTorch, imported below: threads that spin where another process has their core bring a training to a crawl
     if args.jobs != 1 and args.device != 'cuda': prepare_workers() # while this process imports as much
     space = _space(args) # a slip there is told before more is imported
     dataset = _dataset(args)

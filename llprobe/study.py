@@ -29,7 +29,7 @@ from .progress import between_bars, progress_bar
 from .search import BudgetSearch, Search, Trial, check_levels
 from .space import SearchSpace, config_id, default_space
 from .store import PURPOSES, Store, open_store
-from .training import has_bfloat16_units, resolve_device
+from .training import has_bfloat16_units, resolve_device, training_dtype
 from .warm_start import WarmStart, learn, warm_design
 
 # %% auto #0
@@ -357,11 +357,12 @@ def _check_probes(study: Study, trials: list[Trial]) -> None: # What would run n
 
 # %% ../nbs/61_study.ipynb #61study019
 def _threads(study: Study, config: dict, n_workers: int, enough: float = 3e8) -> int: # CPU threads of the full training
-    "All cores if a batch is known to take `enough` multiply-adds, else one"
+    "All cores if a batch is known to take `enough` multiply-adds in float32, else one"
     dataset, s = study.split.dataset, study.settings.probe
     if s.training is not None: return 1
-    flops = forward_flops(build_model(s.architecture, config, dataset.input_shape, dataset.n_outputs), dataset.input_shape)
-    return n_workers if flops*resolve_config(config, s.train.shared, dataset.task)['batch_size'] >= enough else 1
+    model, resolved = build_model(s.architecture, config, dataset.input_shape, dataset.n_outputs), resolve_config(config, s.train.shared, dataset.task)
+    if training_dtype(model, resolved, dataset.input_shape, s.train, resolve_device(s.train.device)) == torch.bfloat16: return 1
+    return n_workers if forward_flops(model, dataset.input_shape)*resolved['batch_size'] >= enough else 1
 
 def _full_task(study: Study, trial: Trial, n_threads: int) -> ProbeTask: # With so many threads if its batches are work enough
     "A full training, or the test of one"

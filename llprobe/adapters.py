@@ -5,6 +5,7 @@
 # %% ../nbs/66_adapters.ipynb #66adapters003
 from __future__ import annotations
 import math
+from datetime import timedelta
 from typing import Any
 import sqlalchemy as sa
 from ConfigSpace.hyperparameters import Hyperparameter, UniformFloatHyperparameter, UniformIntegerHyperparameter
@@ -50,8 +51,10 @@ def _trial(optuna: Any, space: SearchSpace, records: list[dict], predicted: floa
     attributes = {name: last[name] for name in (*_IDENTITY, 'status')}
     if last['status'] == 'paused': attributes['epochs'] = len(last['curve'])
     if predicted is not None and math.isfinite(predicted): attributes['predicted'] = predicted
-    return optuna.trial.create_trial(state=state, value=None if failed else value, params=config,
+    trial = optuna.trial.create_trial(state=state, value=None if failed else value, params=config,
         distributions={name: _distribution(optuna, space.configspace[name]) for name in config}, intermediate_values=scores, user_attrs=attributes)
+    trial.datetime_start = trial.datetime_complete-timedelta(seconds=sum(r.get('seconds') or 0 for r in records)) # lasts as long as its trainings did
+    return trial
 
 # %% ../nbs/66_adapters.ipynb #66adapters00e
 def _open(optuna: Any, name: str, storage: str|None, key: str) -> Any: # An `optuna.Study`

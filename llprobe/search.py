@@ -163,7 +163,7 @@ def best(self: Search) -> str: # Its config_id
     return max(trained, key=lambda c: (trained[c]['status'] == 'ok', trained[c]['val_score'])) if trained else self.favourites[0]
 
 @patch
-def _affordable(self: Search, configs: list[str]) -> list[str]: # Config ids
+def _paid_for(self: Search, configs: list[str]) -> list[str]: # Config ids
     "Which of some configs are trained in full"
     return configs[:self.n_full]
 
@@ -173,7 +173,7 @@ def _full_trainings(self: Search) -> list[Trial]: # Empty when the best is teste
     trained = self.trained
     favourites, failed = self.favourites, self.failed
     promising = [c for c in favourites if c not in failed] or favourites[:1]
-    wanted = self._affordable(list(dict.fromkeys([*trained, *promising]))) # what was trained already counts
+    wanted = self._paid_for(list(dict.fromkeys([*trained, *promising]))) # what was trained already counts
     if missing := [c for c in wanted if c not in trained]: return [Trial(self.configs[c], 1.0, 'final', test=self.n_full == 1) for c in missing]
     found = trained[self.best]
     return [Trial(self.configs[self.best], 1.0, 'final')] if found['status'] != 'crashed' and found['test_score'] is None else []
@@ -225,7 +225,7 @@ class BudgetSearch(Search):
         if self.last_stage not in self.predictions: self._predict(self.last_stage)
         return self._full_trainings()
 
-    def _affordable(self, configs: list[str]) -> list[str]: # Config ids
+    def _paid_for(self, configs: list[str]) -> list[str]: # Config ids
         "Which of some configs are trained in full"
         chosen, left = [], self.full_budget+1e-9
         for config in configs:

@@ -58,14 +58,14 @@ def plain_loop(n, workers=2):
     return epoch
 
 
-def llprobe_loop(n, threads):
+def llprobe_loop(n, threads, precision='float32'):
     "llprobe's loop for one epoch of as many pictures, its validation on 100 more included"
     x, y = pictures(n+100)
     split = split_dataset(from_arrays(x, y, *pictures(100)), 0, val_fraction=100/(n+100))
-    indices = torch.arange(len(split.train_y))
+    indices, settings = torch.arange(len(split.train_y)), TrainSettings(n_epochs=1, device='cpu', n_threads=threads, precision=precision)
 
     def epoch():
-        train(build_model('simple_cnn', CONFIG, (3, 32, 32), 10), CONFIG, split, indices, TrainSettings(n_epochs=1, device='cpu', n_threads=threads))
+        train(build_model('simple_cnn', CONFIG, (3, 32, 32), 10), CONFIG, split, indices, settings)
     return epoch
 
 

@@ -20,7 +20,7 @@ from llprobe.population import train_population
 from llprobe.probe import ProbeSettings
 from llprobe.sampler import sample_level
 from llprobe.stack import Stack, stack_key, train_stack
-from llprobe.training import Trainer, TrainSettings, train
+from llprobe.training import Trainer, TrainSettings, network_samples, train
 
 CPU = TrainSettings(n_epochs=3, device='cpu')
 
@@ -46,10 +46,10 @@ recipes = st.fixed_dictionaries(dict(
 
 
 @settings_of(max_examples=25, deadline=None)
-@given(config=recipes, stop=st.integers(1, 3))
-def test_whatever_the_recipe_a_training_that_stopped_goes_on_to_the_same_bits(iris, tmp_path_factory, config, stop):
+@given(config=recipes, stop=st.integers(1, 3), precision=st.sampled_from(['float32', 'bfloat16']))
+def test_whatever_the_recipe_a_training_that_stopped_goes_on_to_the_same_bits(iris, tmp_path_factory, config, stop, precision):
     path, indices = tmp_path_factory.mktemp('stop')/'c.safetensors', torch.arange(len(iris.train))
-    long = TrainSettings(n_epochs=4, device='cpu')
+    long = TrainSettings(n_epochs=4, device='cpu', precision=precision)
     models = [network(iris, config) for _ in range(3)]
     whole = train(models[0], config, iris, indices, long)
     trainer = Trainer(models[1], config, iris, indices, long)
@@ -157,6 +157,27 @@ def test_every_default_is_checked_and_accepted():
     for name in ('momentum', 'weight_decay', 'label_smoothing', 'batch_size', 'cutout', 'mixup', 'clip_norm', 'rho', 'ema_decay', 'swa_start', 'warmup'):
         with pytest.raises(InputError, match=f'{name} must be'):
             resolve_config({name: -1})
+
+
+def test_bfloat16_rounds_the_products_and_nothing_else():
+    "One step of a linear network: products of rounded factors; the weights, their update and the loss in float32"
+    g = torch.Generator().manual_seed(0)
+    split = split_dataset(from_arrays(torch.randn(40, 5, generator=g), torch.randn(40, generator=g), task='regression'), 0)
+    config, indices = dict(optimizer='sgd', learning_rate=0.1, momentum=0.0, weight_decay=0.0, schedule='constant', batch_size=100), torch.arange(len(split.train))
+    model = nn.Sequential(nn.Linear(5, 1))
+    weight, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
+    trainer = Trainer(model, config, split, indices, TrainSettings(n_epochs=1, device='cpu', precision='bfloat16'))
+    x, y = network_samples(split, 'train', None, torch.device('cpu'))
+    def rounded(t): return t.bfloat16().float()
+    outputs = rounded(rounded(x)@rounded(weight).T+rounded(bias))[:, 0]
+    row = trainer.run_epoch()
+    assert row['train_loss'] == pytest.approx(float((outputs-y).square().mean()), rel=2e-2)
+    gradient = rounded(2*(outputs-y)/len(y))@rounded(x)
+    torch.testing.assert_close(model[0].weight.detach()[0], weight[0]-0.1*gradient, rtol=0, atol=2e-3)
+    assert model[0].weight.dtype == torch.float32 and not torch.equal(rounded(model[0].weight), model[0].weight)
+    exact = Trainer(nn.Sequential(nn.Linear(5, 1)), config, split, indices, TrainSettings(n_epochs=1, device='cpu', precision='float32'))
+    exact.model.load_state_dict(dict(zip(('0.weight', '0.bias'), (weight, bias))))
+    assert exact.run_epoch()['train_loss'] != row['train_loss']
 
 
 def test_a_batch_larger_than_the_subset_is_one_batch(iris):

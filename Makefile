@@ -68,13 +68,15 @@ figures: install         ## figures/DATASET from its table, landscapes and probe
 	$(EXPERIMENT) nbs/experiments/figures.ipynb 'runs/figures/$(notdir $(DATASET)).ipynb' -r dataset '$(DATASET)' -r study '$(STUDY)'
 
 # --- yardsticks: one config on all of CIFAR-10, tested once ---------------------------------------------------------
-RECIPES      ?= paper best
+RECIPES      ?= paper best resnet
 RECIPE_paper := {"num_channels": 32, "optimizer": "adam", "learning_rate": 0.001, "weight_decay": 0.0005, "dropout": 0.2, "batch_size": 128, "augment": "flip_crop"}
 RECIPE_best  := {"num_channels": 64, "optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0005, "dropout": 0.2, "batch_size": 128, "augment": "flip_crop"}
+RECIPE_resnet := {"num_channels": 32, "num_blocks": 1, "optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0005, "batch_size": 128, "augment": "flip_crop", "cutout": 0.25}
+ARCHITECTURE_resnet := resnet
 recipes: $(foreach r,$(RECIPES),$(foreach s,$(SEEDS),runs/recipe/cifar10/$(r)/$(s)/result.json))  ## RECIPES for 30 epochs on all of CIFAR-10, SEEDS
 runs/recipe/cifar10/%/result.json: nbs/experiments/recipe.ipynb | $(VENV)/.installed
 	@mkdir -p $(@D)
-	$(EXPERIMENT) $< $(@D)/recipe.ipynb -r dataset cifar10 -r name $(*D) -r config '$(RECIPE_$(*D))' -p seed $(*F) -r out $(@D) \
+	$(EXPERIMENT) $< $(@D)/recipe.ipynb -r dataset cifar10 -r name $(*D) -r architecture '$(or $(ARCHITECTURE_$(*D)),simple_cnn)' -r config '$(RECIPE_$(*D))' -p seed $(*F) -r out $(@D) \
 	  -r copy figures/cifar10/recipes/$(*D)-$(*F).json
 
 # --- benchmarks: landscapes against their peers, in an environment of their own; training -------------------------

@@ -70,7 +70,7 @@ def _add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument('--schedule', default='one_cycle', help='of the learning rate: one_cycle, cosine or constant')
     p.add_argument('--augment', default='none', help='none, flip or flip_crop')
     p.add_argument('--device', default='auto', help='cpu, cuda, or auto')
-    p.add_argument('--precision', default='auto', help='of the multiplications in training: float32, bfloat16, or auto, which takes bfloat16 where that is faster')
+    p.add_argument('--precision', default='auto', help='of the multiplications in training: float32, bfloat16, gpu (bfloat16 on GPUs only), or auto, which takes bfloat16 where that is faster')
     p.add_argument('--population', help='auto, stack or alone: which probes train together; by default auto on a GPU and alone on a CPU')
     p.add_argument('--jobs', type=_whole, help='probes at once; by default one per core')
     p.add_argument('--track', action='append', default=[], metavar='WHERE', help='log to mlflow:URI, such as mlflow:sqlite:///mlflow.db, or to tensorboard:FOLDER as well; may be given again')

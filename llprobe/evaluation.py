@@ -25,7 +25,7 @@ __all__ = ['Evaluation', 'evaluate_part', 'image_uri', 'targets_chart']
 class Evaluation:
     "What a model answered on a part of a study's data"
     part: str # 'val' or 'test'
-    classes: tuple[str, ...] # None for a regression
+    classes: tuple[str, ...] # Empty for a regression
     truth: np.ndarray # (n,) labels, or targets in the data's units
     predicted: np.ndarray # Likewise
     confidence: np.ndarray # (n,) of the predicted class; NaN for a regression

@@ -4,7 +4,7 @@
 
 # %% ../nbs/11_models.ipynb #11models003
 from __future__ import annotations
-import contextlib, copy, difflib, functools, importlib, inspect
+import contextlib, copy, difflib, functools, importlib, inspect, warnings
 from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
@@ -280,10 +280,17 @@ def count_parameters(
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../nbs/11_models.ipynb #11models02b
+@contextlib.contextmanager
+def _unfused() -> Iterator[None]:
+    "Without the CPU's kernels of whole layers, such as LSTMs, whose work the counter does not know"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # of TF32, which is a GPU's
+        with torch.backends.mkldnn.flags(enabled=False): yield
+
 def forward_flops(
     model: nn.Module, # Any
     input_shape: tuple[int, ...], # Of one sample
 ) -> int: # Multiply-adds
     "The cost of one sample's forward pass"
-    with _trying_out(model), FlopCounterMode(display=False) as counter: model(_zeros(model, 1, input_shape))
+    with _trying_out(model), torch.enable_grad(), _unfused(), FlopCounterMode(display=False) as counter: model(_zeros(model, 1, input_shape))
     return counter.get_total_flops()//2

@@ -194,7 +194,8 @@ def train_population(
     "Train many configs at once; raises the first error that a training raised"
     if not configs: raise InputError('there must be at least one config, got none')
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
-    if settings.training is None: check_configs(settings, configs, dataset)
+    if settings.training is not None: raise InputError("train_population runs llprobe's own training: leave training out, or call run_training of llprobe.custom_training")
+    check_configs(settings, configs, dataset)
     n_workers = count_workers(n_workers, settings.train.device)
     tasks = [ProbeTask(str(cached_file(dataset)), dict(config), level, seed, settings=settings) for config in configs]
     position = {id(task): i for i, task in enumerate(tasks)}

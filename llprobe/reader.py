@@ -17,7 +17,7 @@ from .features import feature_frame
 from .metamodel import PowerLawModel
 from .probe import ProbeSettings, ProbeTask, ended, full_training_equivalents, pack_weights, relative_costs, task_model, task_split, train_tasks
 from .space import SearchSpace, config_id
-from .store import open_store
+from .store import open_store, study_key
 from .training import network_samples, resolve_device
 
 # %% auto #0
@@ -313,7 +313,7 @@ def split(self: StudyReader) -> Split:
 def _weights_paths(self: StudyReader, config: str, level: float, purpose: str) -> list[Path]:
     "Where a record's weights may be kept; the last is for those that are trained again, since the study's own are never written over"
     is_chosen = purpose == 'final' and self.is_finished and config == self.final['config_id']
-    return [self.folder/'best.safetensors']*is_chosen+[self.folder/'weights'/f'{config}-{level:g}.safetensors']
+    return [self.folder/'best.safetensors']*is_chosen+[self.folder/'weights'/study_key(self.study)/f'{config}-{level:g}.safetensors']
 
 @patch
 def is_kept(self: StudyReader,

@@ -200,7 +200,7 @@ class BudgetSearch(Search):
         super().__init__(space, configs, metamodel, levels, 1.0, data_features, n_full)
         if self.levels[-1] == 1: raise InputError('levels must be below 1 within a budget: part of it goes to full trainings anyway')
         ladder = make_ladder(self.levels, epochs, validation, overhead)
-        self.budget, self.last_stage, self.n_epochs = budget, 'after the budget', max(epochs)
+        self.budget, self.last_stage, self.n_epochs, self.has_pauses = budget, 'after the budget', max(epochs), len(set(epochs)) > 1
         relative_cost = [1]*len(configs) if relative_cost is None else list(relative_cost)
         self.full_costs, dearest = {c: relative+final-1 for c, relative in zip(self.configs, relative_cost)}, max(relative_cost)
         self.full_budget = n_full*(dearest+final-1) if full_budget is None else full_budget
@@ -218,7 +218,7 @@ class BudgetSearch(Search):
         configs = list(self.configs.values())
         while steps := self.adaptive.ask():
             rungs = [self.adaptive.ladder[s.rung] for s in steps]
-            trials = [Trial(configs[s.candidate], rung.level, 'probe', rung.epochs if self.n_epochs > 1 and rung.level == self.levels[0] else None) for s, rung in zip(steps, rungs)]
+            trials = [Trial(configs[s.candidate], rung.level, 'probe', rung.epochs if self.has_pauses and rung.level == self.levels[0] else None) for s, rung in zip(steps, rungs)]
             known = {s.number: score for s, t in zip(steps, trials) if (score := self._score(t)) is not None}
             if not known: return trials
             for number, score in known.items(): self.adaptive.tell(number, score)

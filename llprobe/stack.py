@@ -208,8 +208,10 @@ def _train_together(models: Sequence[nn.Module], configs: Sequence[dict], split:
     stack.unstack(models)
     seconds, n_curve = (time.perf_counter()-start)/len(models), min(settings.n_curve_samples, len(stack.val_y))
     def result(i: int) -> TrainResult:
-        epochs, score = failed.get(i, stack.epoch), scores.get(i, {'loss': math.nan, split.dataset.metric: split.dataset.chance_score})
-        return TrainResult('diverged' if i in failed else 'ok', curves[i], score['loss'], score[split.dataset.metric], epochs*len(indices),
+        epochs, score = failed.get(i, stack.epoch), scores.get(i, {'loss': math.nan})
+        ok = math.isfinite(score['loss'])
+        loss, value = (score['loss'], score[split.dataset.metric]) if ok else (math.nan, split.dataset.chance_score)
+        return TrainResult('ok' if ok else 'diverged', curves[i], loss, value, epochs*len(indices),
                            epochs*n_curve+(0 if i in failed else len(stack.val_y)), seconds)
     return [result(i) for i in range(len(models))]
 

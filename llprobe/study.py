@@ -33,8 +33,8 @@ from .training import has_bfloat16_units, resolve_device, training_dtype
 from .warm_start import WarmStart, learn, warm_design
 
 # %% auto #0
-__all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'study_search', 'open_study', 'finished_record', 'run_study',
-           'run_probes', 'summarise']
+__all__ = ['StudySettings', 'Study', 'versions', 'hardware', 'settle_precision', 'study_search', 'open_study', 'finished_record',
+           'run_study', 'run_probes', 'summarise']
 
 # %% ../nbs/61_study.ipynb #61study005
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class StudySettings:
         "The settings as plain values"
         values = asdict(self)
         del values['probe']['train']['device'], values['probe']['train']['n_threads']
-        if self.probe.train.precision == 'auto': del values['probe']['train']['precision'] # the machine's, too
+        if self.probe.train.precision == 'gpu' or self.probe.training: del values['probe']['train']['precision'] # as in studies from before there was a choice
         for name in ('budget', 'pool', 'choose_levels', 'pauses') if self.budget is None else ('n_configs', 'promote'): # without a say
             if name != 'pool' or not self.warm_start: del values[name]
         if self.budget is not None and len(self.epochs) == 1: del values['pauses'] # as in studies from before there was a choice
@@ -182,6 +182,22 @@ def hardware(device: str = 'auto') -> dict[str, Any]: # device, name, cores, bfl
     return dict(device=kind.type, name=name, cores=default_workers('cpu'), bfloat16=has_bfloat16_units(kind))
 
 # %% ../nbs/61_study.ipynb #61study00f
+def settle_precision(
+    settings: ProbeSettings,
+    store: Store,
+    name: str, # Of a study, begun or not
+) -> ProbeSettings:
+    "What `precision='auto'` stands for: on a CPU, as the study began"
+    asked, has_units = settings.train.precision, has_bfloat16_units(torch.device('cpu'))
+    if asked not in ('auto', 'gpu') or settings.training is not None: return settings
+    begun = store.study(name)['settings'] if name in set(store.studies()['name']) else None
+    if begun is None: settled = 'auto' if asked == 'auto' and has_units else 'gpu'
+    else: settled = begun.get('probe', begun)['train'].get('precision', 'gpu') # of a table there are no others
+    if settled not in ('auto', 'gpu'): return settings
+    if settled == 'auto' and not has_units and resolve_device(settings.train.device).type == 'cpu':
+        warnings.warn('the study began on a CPU that multiplies bfloat16 in hardware, which this one does not: what is trained from here on is in float32', stacklevel=3)
+    return replace(settings, train=replace(settings.train, precision=settled))
+
 _KEPT = 64 # Checkpoints of paused probes; without its own a probe begins again, and is charged for that
 _LAG = 4 # Probes of a search within a budget that may run at once: the same on every machine, since decisions depend on it
 
@@ -260,17 +276,21 @@ def open_study(
     search = study_search(settings, space, configs, len(split.train), len(split.val), split.dataset.chance_score, features, start)
     with contextlib.ExitStack() as refused: # closes the database
         store = refused.enter_context(open_store(out/'study.db'))
-        if others := [other for other in store.studies()['name'] if other != name]:
-            raise InputError(f'{out} holds the study {others[0]!r}: choose another folder for {name!r}')
+        names = set(store.studies()['name'])
+        if others := sorted(names-{name}): raise InputError(f'{out} holds the study {others[0]!r}: choose another folder for {name!r}')
+        settings = replace(settings, probe=settle_precision(settings.probe, store, name))
         written = {f'source of {f}': d for f in (architecture_name(probe.architecture),) if (d := source_digest(f))}
         store.create_study(name, settings.to_dict(), dataset=dataset.name, fingerprint=dataset.fingerprint, space=space.to_dict(),
                            data_features=features, versions=versions() | written, metric=dataset.metric)
         for key, now in written.items():
             if store.study(name)['versions'].get(key, now) != now: warnings.warn(f'the {key} has changed since the study began: what was trained before is kept, of the model as it was then; begin anew in another folder if that matters', stacklevel=2)
+        study = Study(name, out, settings, split, data_path, store, search, start=start)
+        if name not in names: # what another study left in the folder, whose database was deleted
+            for folder in (study.paused, study.full): shutil.rmtree(folder, ignore_errors=True)
         if start: start.save(out)
         if settings.budget is None: store.add_configs(name, configs)
         refused.pop_all()
-    return Study(name, out, settings, split, data_path, store, search, start=start)
+    return study
 
 # %% ../nbs/61_study.ipynb #61study016
 def _fte(study: Study, records: Iterable[dict]) -> float:

@@ -19,7 +19,7 @@ from .sampler import sample_level
 from .search import BudgetSearch, Trial
 from .space import SearchSpace, config_id
 from .store import open_store
-from .study import StudySettings, finished_record, hardware, study_search, versions
+from .study import StudySettings, finished_record, hardware, settle_precision, study_search, versions
 from .warm_start import source_predictions
 
 # %% auto #0
@@ -62,9 +62,10 @@ def probe_table(
     "Probe everything; run again to go on, also with more seeds, levels or configs"
     path, data_path, configs = Path(out)/'table.db', str(cached_file(dataset)), space.sample(n_configs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = StudySettings(levels=(1.0,), n_configs=1, probe=settings).to_dict()['probe']
     with open_store(path) as store, Workers(count_workers(n_workers, settings.train.device)) as workers:
-        store.create_study('table', facts, dataset.name, dataset.fingerprint, space.to_dict(), versions=versions()|hardware(), metric=dataset.metric)
+        settings = settle_precision(settings, store, 'table')
+        facts = StudySettings(levels=(1.0,), n_configs=1, probe=settings).to_dict()['probe']
+        store.create_study('table', facts, dataset.name, dataset.fingerprint, space.to_dict(), versions=versions()|hardware(settings.train.device), metric=dataset.metric)
         store.add_configs('table', configs)
         done = {(r['config_id'], r['level'], r['seed']) for r in store.probes('table')}
         tasks = _tasks(data_path, configs, levels, seeds, settings)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/23_training.ipynb #23training003
 from __future__ import annotations
-import contextlib, math, time
+import contextlib, copy, math, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
@@ -22,12 +22,12 @@ from .optimization import (Averaging, ascended, learning_rate_factor, make_optim
 from .sampler import sample_order
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'TrainSettings', 'resolve_device', 'has_bfloat16_units', 'training_dtype', 'network_input',
-           'network_samples', 'training_samples', 'split_batches', 'batch_indices', 'epoch_batches', 'TrainResult',
-           'is_finite', 'isolated', 'Trainer', 'train']
+__all__ = ['PRECISIONS', 'TrainSettings', 'resolve_device', 'network_input', 'network_samples', 'training_samples',
+           'split_batches', 'batch_indices', 'epoch_batches', 'TrainResult', 'is_finite', 'isolated',
+           'has_bfloat16_units', 'training_dtype', 'Trainer', 'train']
 
 # %% ../nbs/23_training.ipynb #23training005
-PRECISIONS = ('auto', 'float32', 'bfloat16')
+PRECISIONS = ('auto', 'gpu', 'float32', 'bfloat16')
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -39,7 +39,7 @@ class TrainSettings:
     device: str = 'auto'          # 'cpu', 'cuda', 'cuda:1' …; 'auto' takes CUDA where there is one
     n_threads: int = 1            # CPU threads of one training
     n_curve_samples: int = 1000   # Validation samples behind each epoch's point of the curve; the last value uses them all
-    precision: str = 'auto'       # Of the multiplications, one of `PRECISIONS`; 'auto' takes bfloat16 where that is faster
+    precision: str = 'auto'       # Of the multiplications, one of `PRECISIONS`; 'auto' takes bfloat16 where that is faster, 'gpu' on GPUs only
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS: raise InputError(f'precision must be one of {", ".join(PRECISIONS)}, got {self.precision!r}')
@@ -60,31 +60,6 @@ def resolve_device(
         return torch.device(device)
     except (RuntimeError, AssertionError, ValueError) as e:
         raise InputError(f'device {device!r} cannot be used here ({str(e).splitlines()[0]}); take cpu, cuda or auto') from None
-
-# %% ../nbs/23_training.ipynb #23trainingp02
-_ENOUGH = 2e8 # Multiply-adds of a step's forward pass from which bfloat16 pays on a CPU
-
-def has_bfloat16_units(
-    device: torch.device,
-) -> bool:
-    "Does the device multiply matrices of bfloat16 faster than those of float32?"
-    if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == 'cpu' and bool(torch.cpu.get_capabilities().get('amx_bf16'))
-
-def training_dtype(
-    model: nn.Module, # On the device
-    config: dict, # From `resolve_config`
-    input_shape: tuple[int, ...], # Of one sample
-    settings: TrainSettings,
-    device: torch.device,
-) -> torch.dtype: # float32 or bfloat16; the same at each level
-    "What a training step multiplies in"
-    if settings.precision != 'auto': return getattr(torch, settings.precision)
-    if not has_bfloat16_units(device): return torch.float32
-    try:
-        with torch.autocast(device.type, torch.bfloat16): work = forward_flops(model, input_shape)*config['batch_size']
-    except Exception: return torch.float32 # a user's layer may raise anything where it expects float32
-    return torch.bfloat16 if device.type == 'cuda' or work >= _ENOUGH else torch.float32
 
 # %% ../nbs/23_training.ipynb #23training008
 def network_input(
@@ -180,6 +155,38 @@ def isolated(
         torch.set_num_threads(n_threads)
         try: yield
         finally: torch.set_num_threads(threads)
+
+# %% ../nbs/23_training.ipynb #23trainingp02
+_ENOUGH = 2e8 # Multiply-adds of a step's forward pass from which bfloat16 pays on a CPU
+
+def has_bfloat16_units(
+    device: torch.device,
+) -> bool:
+    "Does the device multiply matrices of bfloat16 faster than those of float32?"
+    if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and bool(getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16')) # PyTorch has not always known
+
+def _try_bfloat16(model: nn.Module, input_shape: tuple[int, ...], device: torch.device) -> None:
+    "Raise if a step in bfloat16 does"
+    with isolated(0, device, 1), torch.enable_grad():
+        with torch.autocast(device.type, torch.bfloat16): outputs = copy.deepcopy(model).train()(torch.zeros(2, *input_shape, device=device))
+        outputs.float().sum().backward()
+
+def training_dtype(
+    model: nn.Module, # On the device
+    config: dict, # From `resolve_config`
+    input_shape: tuple[int, ...], # Of one sample
+    settings: TrainSettings,
+    device: torch.device,
+) -> torch.dtype: # float32 or bfloat16; the same at each level
+    "What a training step multiplies in"
+    if settings.precision in ('float32', 'bfloat16'): return getattr(torch, settings.precision)
+    if settings.precision == 'gpu' and device.type == 'cpu' or not has_bfloat16_units(device): return torch.float32
+    try:
+        if device.type == 'cpu' and forward_flops(model, input_shape)*config['batch_size'] < _ENOUGH: return torch.float32
+        _try_bfloat16(model, input_shape, device)
+    except Exception: return torch.float32 # a user's layer may raise anything where it expects float32
+    return torch.bfloat16
 
 # %% ../nbs/23_training.ipynb #23training015
 class Trainer:
@@ -355,6 +362,9 @@ def train(
     if status == 'ok' and end < settings.n_epochs: status = 'paused'
     start = time.perf_counter()
     val_loss, val_score = _last_scores(trainer, status)
+    if status == 'ok' and not math.isfinite(val_loss): # the curve sees fewer samples, and weights that are not averaged
+        status = 'diverged'
+        val_loss, val_score = _last_scores(trainer, status)
     return TrainResult(status, trainer.curve, val_loss, val_score, trainer.train_samples, trainer.forward_samples, trainer.seconds+time.perf_counter()-start)
 
 def _last_scores(trainer: Trainer, status: str) -> tuple[float, float]: # Validation loss and score

@@ -30,11 +30,12 @@ from llprobe.core import InputError
 from llprobe.data import Dataset, from_arrays, load_dataset, save_dataset, split_dataset
 from llprobe.predictor import load_predictor
 from llprobe.probe import ProbeSettings
+from llprobe.reader import read_study
 from llprobe.results import summary_rows
 from llprobe.space import SearchSpace
 from llprobe.store import open_store
-from llprobe.study import StudySettings, open_study, run_study
-from llprobe.training import TrainSettings
+from llprobe.study import StudySettings, _threads, open_study, run_study
+from llprobe.training import TrainSettings, network_samples
 
 LLPROBE = [sys.executable, '-m', 'llprobe.cli']
 STUDY = ['--dataset', 'digits', '--architecture', 'mlp', '--levels', '0.1', '0.2', '--configs', '8', '--epochs', '4', '--seed', '0', '--quiet']
@@ -656,3 +657,67 @@ def test_more_budget_than_the_whole_space_costs_is_told(tmp_path, capsys):
     settings = StudySettings(levels=(0.2,), budget=6, probe=ProbeSettings(train=TrainSettings(n_epochs=1)))
     run_study('iris', tmp_path/'out', space, settings, n_workers=1)
     assert 'the budget of 6 full trainings is more than the 2 of training all configs of this space in full' in capsys.readouterr().err
+
+
+@pytest.fixture
+def units(monkeypatch):
+    "A switch for what the CPU multiplies in hardware"
+    def switch(on):
+        for module in ('study', 'training'):
+            monkeypatch.setattr(f'llprobe.{module}.has_bfloat16_units', lambda device: on)
+    return switch
+
+
+def begin(out, **train):
+    study = open_study('iris', out, settings=StudySettings((0.5,), 2, probe=ProbeSettings(train=TrainSettings(n_epochs=1, device='cpu', **train))))
+    study.store.close()
+    return study
+
+
+def test_a_study_multiplies_on_any_cpu_as_it_began(units, tmp_path):
+    units(False)
+    assert begin(tmp_path/'without').settings.probe.train.precision == 'gpu'
+    units(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        again = begin(tmp_path/'without').settings
+        assert again.probe.train.precision == 'gpu' and 'precision' not in again.to_dict()['probe']['train']
+        new = begin(tmp_path/'with').settings
+        assert new.probe.train.precision == 'auto' and ProbeSettings.from_dict(new.to_dict()['probe']).train.precision == 'auto'
+    units(False)
+    with pytest.warns(UserWarning, match='from here on is in float32'):
+        begin(tmp_path/'with')
+    for precision in ('float32', 'bfloat16'):
+        with pytest.raises(InputError, match=f"precision '?(auto|unset)'?, now '{precision}'"):
+            begin(tmp_path/'with', precision=precision)
+        assert begin(tmp_path/precision, precision=precision).settings.probe.train.precision == precision
+        with pytest.raises(InputError, match=f"precision '{precision}', now"):
+            begin(tmp_path/precision)
+
+
+def test_a_full_training_takes_one_thread_in_bfloat16(tmp_path):
+    for precision, threads in dict(float32=2, bfloat16=1).items():
+        settings = StudySettings((0.5,), 2, probe=ProbeSettings(train=TrainSettings(precision=precision, device='cpu')))
+        study = open_study('digits', tmp_path/precision, SearchSpace('simple_cnn', dict(num_channels=[128, 256])), settings)
+        study.store.close()
+        assert _threads(study, dict(num_channels=128), 2) == threads
+
+
+def test_a_study_begun_anew_takes_nothing_of_the_one_before(tmp_path):
+    "Its database deleted, the folder still holds another study's weights and checkpoints"
+    space = SearchSpace('mlp', dict(width=[4, 8]))
+    def study(n_epochs):
+        run_study('iris', tmp_path, space, StudySettings((0.5,), probe=ProbeSettings(train=TrainSettings(n_epochs=n_epochs, device='cpu'))), n_workers=1, progress=False)
+        return read_study(tmp_path)
+    first = study(1)
+    config = first.probes[0]['config_id']
+    first.model(config, 0.5)
+    assert read_study(tmp_path).is_kept(config, 0.5)
+    for path in tmp_path.glob('study.db*'):
+        path.unlink()
+    (tmp_path/'paused').mkdir()
+    (tmp_path/'paused'/'left').touch()
+    second = study(4)
+    assert not second.is_kept(config, 0.5) and not (tmp_path/'paused').exists()
+    inputs = network_samples(second.split, 'val', None, torch.device('cpu'))
+    assert evaluate(second.model(config, 0.5), *inputs)['loss'] == pytest.approx(second.record(config, 0.5)['val_loss'], rel=1e-5)

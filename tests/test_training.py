@@ -197,6 +197,23 @@ def test_batchnorm_survives_a_last_batch_of_one(iris):
     assert result.status == 'ok'
 
 
+class Sinking(nn.Linear):
+    "Answers like a linear layer until it has seen so many validation samples"
+    def forward(self, x):
+        return super().forward(x) if self.training or len(x) <= 5 else torch.full((len(x), 3), torch.inf)
+
+
+def test_a_loss_that_is_finite_but_at_the_end_has_diverged(iris):
+    settings = TrainSettings(n_epochs=2, device='cpu', n_curve_samples=5)
+    result = train(Sinking(4, 3), dict(batch_size=8), iris, torch.arange(len(iris.train)), settings)
+    assert (result.status, len(result.curve), result.val_score) == ('diverged', 2, iris.dataset.chance_score) and np.isnan(result.val_loss)
+
+
+def test_populations_are_of_llprobes_own_training():
+    with pytest.raises(InputError, match='leave training out'):
+        train_population([dict(width=8)], 'iris', settings=ProbeSettings(training='user_code:fit'))
+
+
 def test_memory_that_is_too_small_for_a_stack_halves_it_and_says_so(iris, monkeypatch):
     "Stands in for a GPU's memory: more than two networks at once do not fit"
     configs, indices, forward = [dict(learning_rate=0.01*i) for i in range(1, 6)], torch.arange(len(iris.train)), Stack.forward

@@ -46,6 +46,7 @@ def drive(driver):
     assert '<b>digits' in driver.find_element(By.CSS_SELECTOR, '.widget-dropdown select').text # as text, not as bold face
     before, said = drawn(driver, 'the loss around'), text(driver, 'landscape')
     press(driver, 'radius', Keys.ARROW_RIGHT, lambda: drawn(driver, 'the loss around') > before and text(driver, 'landscape') != said)
+    wait(driver, lambda d: all(drawn(d, label) for label in ('predicted score along', 'configs by predicted', 'validation curves', 'parallel coordinates')))
     said, before = text(driver, 'what-if'), drawn(driver, 'predicted score along')
     press(driver, 'learning_rate', Keys.ARROW_RIGHT, lambda: text(driver, 'what-if') != said and drawn(driver, 'predicted score along') > before)
     before = drawn(driver, 'configs by predicted')

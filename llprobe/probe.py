@@ -55,7 +55,7 @@ class ProbeSettings:
         values: dict[str, Any], # As a study's database or a table's card holds them
     ) -> ProbeSettings:
         "The settings again; the device is this machine's"
-        return cls(**values | dict(train=TrainSettings(**dict(precision='gpu') | values['train'])))
+        return cls(**values | dict(train=TrainSettings(**dict(precision='gpu') | values['train']))) # as it was before there was a choice
 
 @dataclass(frozen=True)
 class ProbeTask:

@@ -14,7 +14,7 @@ from .core import derive_seed
 from .data import Split
 from .models import SAMPLEWISE, Dropout, evaluating
 from .optimization import OPTIMIZERS, learning_rate_factor, resolve_config
-from .training import (TrainResult, TrainSettings, batch_indices, epoch_batches, is_finite, isolated, network_input, resolve_device, train, training_dtype, training_samples)
+from .training import (TrainResult, TrainSettings, batch_indices, epoch_batches, is_finite, isolated, multiplying_in, network_input, resolve_device, train, training_dtype, training_samples)
 
 # %% auto #0
 __all__ = ['stack_key', 'Stack', 'train_stack']
@@ -120,7 +120,7 @@ def _step(self: Stack,
 ) -> Tensor: # (2, m): each member's mean loss and gradient norm
     "One step of every member"
     trained = [w for w in self.weights.values() if w.requires_grad]
-    with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32): outputs = self.forward(x).float()
+    with multiplying_in(self.dtype, self.device): outputs = self.forward(x).float()
     losses = sum(weight*self.losses(outputs, y) for weight, y in targets)
     gradients = torch.autograd.grad(losses.sum(), trained)
     norms = sum(g.flatten(1).square().sum(1) for g in gradients).sqrt()

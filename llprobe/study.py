@@ -184,16 +184,13 @@ def hardware(device: str = 'auto') -> dict[str, Any]: # device, name, cores, bfl
 # %% ../nbs/61_study.ipynb #61study00f
 def settle_precision(
     settings: ProbeSettings,
-    store: Store,
-    name: str, # Of a study, begun or not
+    begun: dict[str, Any]|None, # The probe settings that the study began with; None for a new one
 ) -> ProbeSettings:
     "What `precision='auto'` stands for: on a CPU, as the study began"
-    asked, has_units = settings.train.precision, has_bfloat16_units(torch.device('cpu'))
-    if asked not in ('auto', 'gpu') or settings.training is not None: return settings
-    begun = store.study(name)['settings'] if name in set(store.studies()['name']) else None
-    if begun is None: settled = 'auto' if asked == 'auto' and has_units else 'gpu'
-    else: settled = begun.get('probe', begun)['train'].get('precision', 'gpu') # of a table there are no others
-    if settled not in ('auto', 'gpu'): return settings
+    if settings.train.precision != 'auto' or settings.training is not None: return settings
+    has_units = has_bfloat16_units(torch.device('cpu'))
+    settled = ('auto' if has_units else 'gpu') if begun is None else ProbeSettings.from_dict(begun).train.precision
+    if settled not in ('auto', 'gpu'): return settings # the study will be refused
     if settled == 'auto' and not has_units and resolve_device(settings.train.device).type == 'cpu':
         warnings.warn('the study began on a CPU that multiplies bfloat16 in hardware, which this one does not: what is trained from here on is in float32', stacklevel=3)
     return replace(settings, train=replace(settings.train, precision=settled))
@@ -278,14 +275,15 @@ def open_study(
         store = refused.enter_context(open_store(out/'study.db'))
         names = set(store.studies()['name'])
         if others := sorted(names-{name}): raise InputError(f'{out} holds the study {others[0]!r}: choose another folder for {name!r}')
-        settings = replace(settings, probe=settle_precision(settings.probe, store, name))
+        begun = store.study(name)['settings']['probe'] if name in names else None
+        settings = replace(settings, probe=settle_precision(settings.probe, begun))
         written = {f'source of {f}': d for f in (architecture_name(probe.architecture),) if (d := source_digest(f))}
         store.create_study(name, settings.to_dict(), dataset=dataset.name, fingerprint=dataset.fingerprint, space=space.to_dict(),
                            data_features=features, versions=versions() | written, metric=dataset.metric)
         for key, now in written.items():
             if store.study(name)['versions'].get(key, now) != now: warnings.warn(f'the {key} has changed since the study began: what was trained before is kept, of the model as it was then; begin anew in another folder if that matters', stacklevel=2)
         study = Study(name, out, settings, split, data_path, store, search, start=start)
-        if name not in names: # what another study left in the folder, whose database was deleted
+        if begun is None: # what another study left in the folder, whose database was deleted
             for folder in (study.paused, study.full): shutil.rmtree(folder, ignore_errors=True)
         if start: start.save(out)
         if settings.budget is None: store.add_configs(name, configs)

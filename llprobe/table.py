@@ -63,7 +63,7 @@ def probe_table(
     path, data_path, configs = Path(out)/'table.db', str(cached_file(dataset)), space.sample(n_configs)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_store(path) as store, Workers(count_workers(n_workers, settings.train.device)) as workers:
-        settings = settle_precision(settings, store, 'table')
+        settings = settle_precision(settings, store.study('table')['settings'] if len(store.studies()) else None)
         facts = StudySettings(levels=(1.0,), n_configs=1, probe=settings).to_dict()['probe']
         store.create_study('table', facts, dataset.name, dataset.fingerprint, space.to_dict(), versions=versions()|hardware(settings.train.device), metric=dataset.metric)
         store.add_configs('table', configs)

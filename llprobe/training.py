@@ -24,7 +24,7 @@ from .sampler import sample_order
 # %% auto #0
 __all__ = ['PRECISIONS', 'TrainSettings', 'resolve_device', 'network_input', 'network_samples', 'training_samples',
            'split_batches', 'batch_indices', 'epoch_batches', 'TrainResult', 'is_finite', 'isolated',
-           'has_bfloat16_units', 'training_dtype', 'Trainer', 'train']
+           'has_bfloat16_units', 'multiplying_in', 'training_dtype', 'Trainer', 'train']
 
 # %% ../nbs/23_training.ipynb #23training005
 PRECISIONS = ('auto', 'gpu', 'float32', 'bfloat16')
@@ -166,10 +166,17 @@ def has_bfloat16_units(
     if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == 'cpu' and bool(getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16')) # PyTorch has not always known
 
+def multiplying_in(
+    dtype: torch.dtype, # From `training_dtype`
+    device: torch.device,
+) -> torch.autocast: # Of the forward pass
+    "Autocast, unless it is float32"
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
 def _try_bfloat16(model: nn.Module, input_shape: tuple[int, ...], device: torch.device) -> None:
     "Raise if a step in bfloat16 does"
     with isolated(0, device, 1), torch.enable_grad():
-        with torch.autocast(device.type, torch.bfloat16): outputs = copy.deepcopy(model).train()(torch.zeros(2, *input_shape, device=device))
+        with multiplying_in(torch.bfloat16, device): outputs = copy.deepcopy(model).train()(torch.zeros(2, *input_shape, device=device))
         outputs.float().sum().backward()
 
 def training_dtype(
@@ -243,7 +250,7 @@ def _backward(self: Trainer,
     total, k = 0., self.micro_batch or len(x)
     for start in range(0, len(x), k):
         part = slice(start, start+k)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32): outputs = self.model(x[part]).float()
+        with multiplying_in(self.dtype, self.device): outputs = self.model(x[part]).float()
         loss = sum(weight*task_loss(outputs, y[part], self.config['label_smoothing']) for weight, y in targets)*(len(outputs)/len(x))
         loss.backward()
         total += loss.detach()

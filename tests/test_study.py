@@ -687,6 +687,8 @@ def test_a_study_multiplies_on_any_cpu_as_it_began(units, tmp_path):
     units(False)
     with pytest.warns(UserWarning, match='from here on is in float32'):
         begin(tmp_path/'with')
+    with pytest.raises(InputError, match="precision 'auto', now unset"):
+        begin(tmp_path/'with', precision='gpu')
     for precision in ('float32', 'bfloat16'):
         with pytest.raises(InputError, match=f"precision '?(auto|unset)'?, now '{precision}'"):
             begin(tmp_path/'with', precision=precision)

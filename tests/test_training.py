@@ -198,7 +198,7 @@ def test_batchnorm_survives_a_last_batch_of_one(iris):
 
 
 class Sinking(nn.Linear):
-    "Answers like a linear layer until it has seen so many validation samples"
+    "Outside of training it answers up to five samples like a linear layer, and more with infinity"
     def forward(self, x):
         return super().forward(x) if self.training or len(x) <= 5 else torch.full((len(x), 3), torch.inf)
 
